@@ -1,0 +1,463 @@
+"""HMR: one picture -> a body in it.  Encoder, iterative regressor, camera, losses, adversary.
+
+Chapter 2 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  Kanazawa, Black, Jacobs, Malik,
+"End-to-end Recovery of Human Shape and Pose", CVPR 2018; tags such as `Eq. (3)` and `Sec. 3.4` are
+that paper's, "slides" are lecture slides on ResNet (He et al. 2016) and HMR, "official code" is
+the authors' TensorFlow release.
+
+    image --ResNet--> feature --IEF x T--> Theta = [cam | pose | betas] --SMPL--> 3D --camera--> 2D
+                                             |                                   |            |
+                             25 discriminators (L_adv)                         L_3D       L_reproj
+
+Axes:  B images   T = 3 regression iterations   N = B*T bodies shown to the discriminators
+       19 keypoints (first 14 = LSP)   24 joints = root + K = 23   85 = 3 + 72 + 10
+       (the paper's K is 23 joints in Sec. 3.1 and 3.3 but also counts keypoints: K is overloaded)
+Camera frame: x right, y DOWN, z away from the camera, metres.  SMPL's own frame is y up, so a
+person standing upright and facing the camera has root rotation Rx(pi).
+2D: the square crop is [-1, 1] x [-1, 1]; pixel = (x + 1) * size / 2.
+
+    python hmr.py            # the slides' table of ResNets, shapes and known values
+"""
+
+import argparse
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smpl import SMPL, batch_rodrigues, rot6d_to_rotmat
+
+# --------------------------------------------------------------------------------------------
+# 1. The image encoder (Sec. 3.4; slides: ResNet)
+#
+# The paper and official code use ResNet-50 v2 (pre-activation).  The slides, SPIN and most later
+# work use the post-activation network below, with torchvision's parameter names so that its
+# ImageNet weights load.
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# slides: the table.  depth: (bottleneck?, blocks in conv2_x .. conv5_x)
+RESNETS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3)),
+           101: (True, (3, 4, 23, 3)), 152: (True, (3, 8, 36, 3))}
+
+
+class BasicBlock(nn.Module):
+    """slides: two 3x3 convolutions, y = F(x) + x (18 and 34 layers)."""
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, plain: bool, v1: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.plain = plain
+        self.downsample = None if plain else shortcut(inputs, width, stride)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F(x): (B, C, H, W) -> (B, width, H/stride, W/stride); no ReLU at its end."""
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return join(x, self.residual(x), self.downsample, self.plain)
+
+
+class Bottleneck(nn.Module):
+    """slides: 1x1 down, 3x3, 1x1 up to 4 * width (50, 101 and 152 layers)."""
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, plain: bool, v1: bool):
+        super().__init__()
+        # He et al. put a stage's stride into the first 1x1 ("v1"); torchvision into the 3x3
+        # ("v1.5": slightly better and a little dearer), and its weights expect it there.
+        self.conv1 = nn.Conv2d(inputs, width, 1, stride if v1 else 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1 if v1 else stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.plain = plain
+        self.downsample = None if plain else shortcut(inputs, 4 * width, stride)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F(x): (B, C, H, W) -> (B, 4 * width, H/stride, W/stride); no ReLU at its end."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return join(x, self.residual(x), self.downsample, self.plain)
+
+
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+    """slides: identity where dimensions agree (None), else the projection W_s: y = F(x) + W_s x."""
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+def join(x: Tensor, residual: Tensor, projection: nn.Module | None, plain: bool) -> Tensor:
+    """slides: y = F(x, {W_i}) + x.  Then the ReLU: it comes AFTER the addition in ResNet v1.
+
+    With zero weights in F a residual block is the identity (its input is non-negative, being a
+    ReLU's output), which a plain block would have to learn: the slides' constructed solution.
+    """
+    if plain:
+        return F.relu(residual)
+    return F.relu(residual + (x if projection is None else projection(x)))
+
+
+class ResNet(nn.Module):
+    """images (B, 3, H, W) -> feature (B, C), C = 512 * expansion * width / 64 (2048 for depth 50).
+
+    depth 18|34|50|101|152; width 64 in the paper; stem "imagenet" (7x7/2 and 3x3/2 max-pool) or
+    "light" (3x3/2 and max-pool, for small pictures); plain: no shortcuts, the slides' degrading
+    network; num_classes: add torchvision's classifier `fc`, output (B, num_classes); v1: stride
+    on the 1x1 convolutions as in He et al. (bottlenecks only).
+    """
+
+    def __init__(self, depth: int = 50, width: int = 64, stem: str = "imagenet",
+                 plain: bool = False, num_classes: int | None = None, v1: bool = False):
+        super().__init__()
+        if depth not in RESNETS:
+            raise ValueError(f"depth must be one of {sorted(RESNETS)}, got {depth}")
+        if stem not in ("imagenet", "light"):
+            raise ValueError(f'stem must be "imagenet" or "light", got {stem!r}')
+        bottleneck, blocks = RESNETS[depth]
+        block = Bottleneck if bottleneck else BasicBlock
+        kernel = 7 if stem == "imagenet" else 3
+        self.conv1 = nn.Conv2d(3, width, kernel, 2, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = width
+        for stage, count in enumerate(blocks):       # slides: conv2_x .. conv5_x = layer1 .. layer4
+            outputs, units = width * 2 ** stage, []
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1    # conv2_x follows the pool: no stride
+                units.append(block(channels, outputs, stride, plain, v1))
+                channels = outputs * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*units))
+        self.feature_dim = channels
+        self.fc = None if num_classes is None else nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):        # He et al. 2015: keep the variance past a ReLU
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))                           # (B, 64, H/2, W/2)
+        x = F.max_pool2d(x, 3, 2, padding=1)                          # (B, 64, H/4, W/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))     # (B, C, H/32, W/32)
+        x = x.mean((2, 3))                                            # (B, C) global average pool
+        return x if self.fc is None else self.fc(x)
+
+
+# --------------------------------------------------------------------------------------------
+# 2. The regressor: iterative error feedback, IEF (Sec. 3.2 and 3.4)
+#
+# Regressing rotations in one go is hard, so the network is shown its own estimate and asked for a
+# correction, T times, with the same weights:  Theta_{t+1} = Theta_t + DeltaTheta(phi, Theta_t).
+
+THETA_DIM = 85                                # [cam 3 | pose 72 | betas 10], the official order
+
+
+def split_theta(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Theta (B, 85) -> cam (B, 3) = s, tx, ty; pose (B, 72); betas (B, 10).
+
+    The pose is what lies between, so the 6D variant (B, 157), pose (B, 144), splits as well.
+    """
+    return theta[:, :3], theta[:, 3:-10], theta[:, -10:]
+
+
+def pose_to_rotmats(pose: Tensor) -> Tensor:
+    """pose (B, 72) axis-angle or (B, 144) 6D -> rotation matrices (B, 24, 3, 3)."""
+    pose = pose.unflatten(-1, (24, -1))                               # (B, 24, 3 or 6)
+    return batch_rodrigues(pose) if pose.shape[-1] == 3 else rot6d_to_rotmat(pose)
+
+
+def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
+    """Theta-bar, where IEF starts: scale 0.9, a mean pose, upright, average shape -> (1, 85).
+
+    mean_pose (72,) in SMPL's frame.  Upright in a y-down camera means root = Rx(pi); all three
+    numbers of the root are set, as in the official code.
+    """
+    pose = mean_pose.detach().clone().view(24, 3)
+    pose[0] = torch.tensor([math.pi, 0, 0])
+    if rotation == "6d":
+        pose = batch_rodrigues(pose)[..., :2]       # (24, 3, 2), flattened: SPIN's interleaved 6D
+    cam = torch.tensor([0.9, 0.0, 0.0])
+    return torch.cat([cam, pose.flatten().cpu(), torch.zeros(10)])[None]          # (1, 85)
+
+
+class Regressor(nn.Module):
+    """feature (B, C) -> [Theta_1 .. Theta_T], each (B, 85).
+
+    Sec. 3.4: [phi, Theta] -> FC 1024 -> FC 1024 -> FC 85, "a dropout layer in between": the
+    official code has one after both hidden layers, each after a ReLU.  SPIN lost these ReLUs.
+    3,321,941 parameters for C = 2048.  Theta-bar is a buffer; the official code trains it, so its
+    released mean differs from its own start (the paper does not mention this).
+    """
+
+    def __init__(self, feature_dim: int, theta_bar: Tensor, iterations: int = 3,
+                 dropout: float = 0.5):
+        super().__init__()
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        dim = theta_bar.shape[1]
+        self.iterations, self.dropout = iterations, dropout
+        self.fc1 = nn.Linear(feature_dim + dim, 1024)
+        self.fc2 = nn.Linear(1024, 1024)
+        self.fc3 = nn.Linear(1024, dim)
+        for layer, gain in ((self.fc1, 1.0), (self.fc2, 1.0), (self.fc3, 0.1)):
+            # The small last layer (uniform within 0.0074) makes training start at Theta-bar.
+            # SPIN's gain is 0.01, a default nn.Linear would start with wild bodies.
+            nn.init.xavier_uniform_(layer.weight, gain=gain)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("theta_bar", theta_bar)                  # (1, 85)
+
+    def forward(self, feature: Tensor) -> list[Tensor]:
+        theta = self.theta_bar.expand(len(feature), -1)               # (B, 85) Theta_0
+        thetas = []
+        for _ in range(self.iterations):                              # shared weights
+            x = torch.cat([feature, theta], 1)                        # (B, C + 85) feature first
+            x = F.dropout(F.relu(self.fc1(x)), self.dropout, self.training)       # (B, 1024)
+            x = F.dropout(F.relu(self.fc2(x)), self.dropout, self.training)       # (B, 1024)
+            theta = theta + self.fc3(x)        # no detach: gradients run through all T iterations
+            thetas.append(theta)
+        return thetas
+
+
+# --------------------------------------------------------------------------------------------
+# 3. The camera (Sec. 3.1, Eq. (2))
+
+def project(points: Tensor, cam: Tensor) -> Tensor:
+    """Weak perspective: points (B, P, 3) in metres, cam (B, 3) = s, tx, ty -> (B, P, 2) in [-1, 1].
+
+    The official code's s (X + t), with t in metres; the paper writes s Pi(R X) + t.  The two differ
+    wherever t is not 0: t_paper = s t.  R is already applied, as SMPL's root rotation.
+    """
+    s, t = cam[:, None, :1], cam[:, None, 1:]                         # (B, 1, 1), (B, 1, 2)
+    return s * (points[..., :2] + t)                                  # Eq. (2)
+
+
+# --------------------------------------------------------------------------------------------
+# 4. The whole network
+
+class HMROutput(NamedTuple):
+    rotmats: Tensor           # (B, 24, 3, 3) root included
+    betas: Tensor             # (B, 10)
+    cam: Tensor               # (B, 3) s, tx, ty
+    joints: Tensor            # (B, 24, 3) camera frame, metres
+    keypoints3d: Tensor       # (B, 19, 3) camera frame, metres
+    keypoints2d: Tensor       # (B, 19, 2) crop in [-1, 1]
+    vertices: Tensor | None   # (B, V, 3) camera frame, metres; on request
+
+
+class HMR(nn.Module):
+    """images (B, 3, H, W), RGB in [0, 1] -> the T Thetas and the last one decoded (HMROutput).
+
+    rotation: "axis-angle" as in the paper, Theta (B, 85), or "6d", Theta (B, 157).
+    amp: dtype for the encoder's mixed precision (torch.bfloat16) or None; the regressor, SMPL and
+    the losses stay in float32, where millimetres and small angles need it.
+    """
+
+    def __init__(self, smpl: SMPL, depth: int = 50, iterations: int = 3, width: int = 64,
+                 stem: str = "imagenet", plain: bool = False, dropout: float = 0.5,
+                 rotation: str = "axis-angle", amp: torch.dtype | None = None):
+        super().__init__()
+        if rotation not in ("axis-angle", "6d"):
+            raise ValueError(f'rotation must be "axis-angle" or "6d", got {rotation!r}')
+        self.smpl, self.amp = smpl, amp
+        self.encoder = ResNet(depth, width, stem, plain)
+        theta_bar = mean_theta(smpl.mean_pose, rotation)
+        self.regressor = Regressor(self.encoder.feature_dim, theta_bar, iterations, dropout)
+        # ImageNet statistics, for torchvision's weights; the official code scales to [-1, 1].
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], HMROutput]:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        images = (images - self.mean) / self.std                      # (B, 3, H, W)
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            feature = self.encoder(images)                            # (B, 2048)
+        thetas = self.regressor(feature.to(self.regressor.fc1.weight.dtype))      # T x (B, 85)
+        return thetas, self.decode(thetas[-1])
+
+    def decode(self, theta: Tensor, vertices: bool = False) -> HMROutput:
+        """Theta (B, 85) -> HMROutput: rotation matrices, the body, its projection."""
+        cam, pose, betas = split_theta(theta)
+        rotmats = pose_to_rotmats(pose)                               # (B, 24, 3, 3)
+        body = self.smpl(betas, rotmats, vertices=vertices)
+        keypoints2d = project(body.keypoints, cam)                    # (B, 19, 2)
+        return HMROutput(rotmats, betas, cam, body.joints, body.keypoints, keypoints2d,
+                         body.vertices)
+
+
+# --------------------------------------------------------------------------------------------
+# 5. The losses (Sec. 3.2).  The paper writes sums; the official code takes means over what is
+#    labelled, and the weights 60 / 60 / 1 only mean something together with these denominators.
+
+RIGHT_HIP, LEFT_HIP, LSP = 2, 3, 14          # among the 19 keypoints; LSP's are the first 14
+
+
+def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
+    """Sum of error * mask over the number of elements counted; exactly 0 when there are none."""
+    mask = mask.to(error.dtype).expand_as(error)
+    count = mask.sum()
+    return (error * mask).sum() / torch.where(count > 0, count, torch.ones_like(count))
+
+
+def keypoint_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
+    """L_reproj = sum_i ||v_i (x_i - xhat_i)||_1: (B, 19, 2), (B, 19, 2), (B, 19) -> ().
+
+    L1, as the equation and the code have it (Fig. 2's graphic shows a squared L2).  The mean is
+    over the visible coordinates of the whole BATCH: 2 * sum(v) of them, not per image.
+    """
+    return masked_mean((target - pred).abs(), visible[..., None])     # Eq. (3)
+
+
+def center_hips(keypoints3d: Tensor) -> Tensor:
+    """Put the midpoint of the two hips at the origin: (B, 14+, 3) -> same.  Not SMPL's pelvis."""
+    return keypoints3d - keypoints3d[:, [RIGHT_HIP, LEFT_HIP]].mean(1, keepdim=True)
+
+
+def joints3d_loss(pred: Tensor, target: Tensor, has_3d: Tensor) -> Tensor:
+    """L_joints = ||X_i - Xhat_i||^2: (B, 19 or 14, 3) twice, metres; has_3d (B,) -> ().
+
+    The 14 LSP keypoints, each body centred at its own hips; 0.5 * mean over (samples with 3D x 42).
+    """
+    error = center_hips(pred[:, :LSP]) - center_hips(target[:, :LSP])             # (B, 14, 3)
+    return 0.5 * masked_mean(error.square(), has_3d[:, None, None])   # Eq. (5)
+
+
+def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_betas: Tensor,
+              has_smpl: Tensor) -> Tensor:
+    """L_smpl = ||[beta, theta] - [betahat, thetahat]||^2: rotmats (B, 24, 3, 3), betas (B, 10) -> ().
+
+    On rotation MATRICES, root included, as the official code does though Eq. (6) reads axis-angle:
+    r and r (1 - 2 pi / |r|) are the same rotation but far apart as vectors, and an upright person
+    facing the camera (|r| = pi) sits right where they jump.  0.5 * mean over (samples x 226).
+    """
+    pred = torch.cat([rotmats.flatten(1), betas], 1)                  # (B, 226)
+    target = torch.cat([target_rotmats.flatten(1), target_betas], 1)  # (B, 226)
+    return 0.5 * masked_mean((pred - target).square(), has_smpl[:, None])         # Eq. (6)
+
+
+# --------------------------------------------------------------------------------------------
+# 6. The factorised adversarial prior (Sec. 3.3): K + 2 = 25 discriminators
+
+class Discriminator(nn.Module):
+    """rotmats (N, 23, 3, 3) without root, betas (N, 10) -> (N, 25) = [23 joints | all | shape].
+
+    SMPL's factorised form makes the adversary data-efficient (slides): one discriminator a joint
+    learns its limits, one for the whole pose learns how joints go together, one the shape.  Real
+    ones come from motion capture and need no picture; this is what replaces paired 3D.
+    Linear outputs: least squares pulls them to 0 and 1, no sigmoid although the paper writes [0,1].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embed1 = nn.Linear(9, 32)               # shared by all joints (Sec. 3.4: "common")
+        self.embed2 = nn.Linear(32, 32)
+        self.joint_weight = nn.Parameter(torch.empty(23, 32))        # 23 separate FC 32 -> 1
+        self.joint_bias = nn.Parameter(torch.zeros(23))
+        self.all1 = nn.Linear(23 * 32, 1024)
+        self.all2 = nn.Linear(1024, 1024)
+        self.all3 = nn.Linear(1024, 1)
+        self.shape1 = nn.Linear(10, 10)              # official code: 10 -> 10 -> 5 -> 1
+        self.shape2 = nn.Linear(10, 5)
+        self.shape3 = nn.Linear(5, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.uniform_(self.joint_weight, -math.sqrt(6 / 33), math.sqrt(6 / 33))    # Xavier, 32+1
+
+    def forward(self, rotmats: Tensor, betas: Tensor) -> Tensor:
+        if rotmats.ndim != 4 or rotmats.shape[1:] != (23, 3, 3) or betas.shape[1:] != (10,):
+            raise ValueError(f"expected rotmats (N, 23, 3, 3), the root left out, and betas (N, 10)"
+                             f"; got {tuple(rotmats.shape)} and {tuple(betas.shape)}")
+        x = rotmats.flatten(2)                                        # (N, 23, 9) raw R, not R - I
+        x = F.relu(self.embed1(x))                                    # (N, 23, 32)
+        x = F.relu(self.embed2(x))                                    # (N, 23, 32)
+        per_joint = (x * self.joint_weight).sum(-1) + self.joint_bias             # (N, 23)
+        # Sec. 3.3 and the slides give this one R^{9K}; Sec. 3.4 and the code, the embedding.
+        y = F.relu(self.all1(x.flatten(1)))                           # (N, 736) -> (N, 1024)
+        y = self.all3(F.relu(self.all2(y)))                           # (N, 1)
+        z = F.relu(self.shape1(betas))                                # (N, 10)
+        z = self.shape3(F.relu(self.shape2(z)))                       # (N, 1)
+        return torch.cat([per_joint, y, z], 1)                        # (N, 25)
+
+
+def encoder_adversarial_loss(fake: Tensor) -> Tensor:
+    """L_adv(E) = sum_i E[(D_i(E(I)) - 1)^2]: D's outputs on predictions (N, 25) -> ().
+
+    Sum over the 25 discriminators, mean over N = B*T, so that every iteration weighs 1/T (the
+    slides, read literally, add the T iterations up: T times more).
+    """
+    return (fake - 1).square().sum(1).mean()                          # Eq. (7)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """L(D_i) = E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2], summed over i: (N, 25) twice -> ().
+
+    `fake` must come from DETACHED predictions: D's step must not move the encoder.
+    """
+    return (real - 1).square().sum(1).mean() + fake.square().sum(1).mean()        # Eq. (8)
+
+
+# ============================================================================================
+# Not needed to understand HMR: the demo.
+
+def count_multiply_adds(network: ResNet, size: int = 224) -> int:
+    """Multiply-adds of one picture through the convolutions and the classifier."""
+    total = 0
+
+    def count(module, inputs, output):
+        nonlocal total
+        if isinstance(module, nn.Conv2d):
+            total += module.weight.numel() * output.shape[2] * output.shape[3]
+        else:
+            total += module.weight.numel()
+
+    hooks = [m.register_forward_hook(count) for m in network.modules()
+             if isinstance(m, (nn.Conv2d, nn.Linear))]
+    device = network.conv1.weight.device          # "meta" counts without computing
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, size, size, device=device))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(description="Print shapes and known values of HMR.").parse_args(argv)
+    torch.manual_seed(0)
+    print("slides' table, 1e9 multiply-adds at 224 px:  v1 stride | torchvision's | slides")
+    for depth, slides in zip(RESNETS, (1.8, 3.6, 3.8, 7.6, 11.3)):
+        v1, ours = (count_multiply_adds(ResNet(depth, num_classes=1000, v1=v)) / 1e9
+                    for v in (True, False))
+        print(f"  ResNet-{depth:<4d} {v1:36.2f} | {ours:13.2f} | {slides}")
+    model, D = HMR(SMPL()).eval(), Discriminator()
+    with torch.no_grad():
+        thetas, out = model(torch.rand(2, 3, 224, 224))
+        scores = D(out.rotmats[:, 1:], out.betas)
+    count = [sum(p.numel() for p in m.parameters()) for m in (model.regressor, D)]
+    start = model.decode(model.regressor.theta_bar)
+    upright = [round(v, 2) for v in start.rotmats[0, 0].diagonal().tolist()]
+    for what, got, expected in [
+            ("regressor parameters", f"{count[0]:,}", "3,321,941"),
+            ("discriminator parameters", f"{count[1]:,}", "1,807,619"),
+            ("Thetas", [tuple(t.shape) for t in thetas], "three of (2, 85)"),
+            ("root rotation's diagonal of Theta-bar", upright, "[1, -1, -1]: Rx(pi), upright"),
+            ("keypoints2d", tuple(out.keypoints2d.shape), "(2, 19, 2)"),
+            ("discriminators' outputs", tuple(scores.shape), "(2, 25)"),
+            ("L_adv(E) if D says 0", encoder_adversarial_loss(0 * scores).item(), "25")]:
+        print(f"  {what:38s} {got!s:38s} expected {expected}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

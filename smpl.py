@@ -1,0 +1,488 @@
+"""SMPL, a body you can differentiate: (betas, pose) -> vertices, joints, keypoints.
+
+Chapter 1 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.1; Loper et al., "SMPL: A
+Skinned Multi-Person Linear Model", 2015.  A mesh of V vertices in a T-pose is (1) given a person's
+shape, (2) told where that person's joints are, (3) corrected for the pose, (4) its skeleton is
+posed, (5) its skin follows the skeleton.  `lbs` below is those five steps; read it first.
+
+Axes:  B bodies   V vertices (1,229 open body, 6,890 SMPL)   F triangles   24 joints   19 keypoints
+       10 betas   207 = 23 joints * 9 pose features
+Frame: SMPL's own: x towards the person's LEFT, y UP, z forward (out of the chest); metres.
+       The camera's frame (hmr.py) has y down; nothing here knows about cameras.
+Rotations act on column vectors, v' = R v.  `pose` holds axis-angle vectors: the direction is the
+axis, the length is the angle in radians.
+
+    python smpl.py               # shapes and known values, out/smpl.obj, out/smpl.png
+    python smpl.py --smpl FILE   # the same with an official SMPL file: checks that it loads
+"""
+
+import argparse
+import hashlib
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# --------------------------------------------------------------------------------------------
+# The skeleton: facts that everything else indexes by.
+
+JOINT_NAMES = (
+    "pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2", "left_ankle",
+    "right_ankle", "spine3", "left_foot", "right_foot", "neck", "left_collar", "right_collar",
+    "head", "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist",
+    "right_wrist", "left_hand", "right_hand")
+# The kinematic tree: PARENTS[i] < i, so a loop over 1..23 meets every parent before its child.
+PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
+
+# The 19 keypoints that pictures are labelled with are NOT the 24 joints: they are regressed from
+# the skin (HMR's "cocoplus" order; the first 14 are LSP's joints, the last 5 are COCO's face).
+KEYPOINT_NAMES = (
+    "right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "right_wrist",
+    "right_elbow", "right_shoulder", "left_shoulder", "left_elbow", "left_wrist", "neck",
+    "head_top", "nose", "left_eye", "right_eye", "left_ear", "right_ear")
+
+# A mirrored person: which joint (keypoint) takes whose place.  Applying either twice is identity.
+FLIP_JOINTS = (0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20, 23, 22)
+FLIP_KEYPOINTS = (5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 6, 12, 13, 14, 16, 15, 18, 17)
+
+OPEN_BODY = Path(__file__).resolve().parent / "assets" / "body.npz"
+
+
+# --------------------------------------------------------------------------------------------
+# Rotations
+
+def batch_rodrigues(pose: Tensor) -> Tensor:
+    """Axis-angle to rotation matrix, exact in value and gradient everywhere, zero included.
+
+    pose (..., 3) radians -> (..., 3, 3).  Rodrigues: R = I + sin(a)/a K + (1 - cos a)/a^2 K^2 with
+    a = |r| and K = [r]x.  The published implementations divide by |r + 1e-8|, which is NaN at
+    r = (-1e-8, -1e-8, -1e-8) and inexact near zero; here both factors are functions of a^2, and
+    their Taylor series take over where the quotients would be 0/0.
+    """
+    if pose.shape[-1:] != (3,):
+        raise ValueError(f"axis-angle must be (..., 3), got {tuple(pose.shape)}")
+    a2 = pose.square().sum(-1)[..., None, None]                       # (..., 1, 1)
+    small = a2 < 1e-4                  # next terms of the series: < 1e-21, below float64's epsilon
+    # `where` alone would not do: the branch not taken still sends 0 * inf = NaN into the gradient.
+    safe = torch.where(small, torch.ones_like(a2), a2)
+    a = safe.sqrt()
+    sin_a = torch.where(small, 1 - a2 / 6 * (1 - a2 / 20 * (1 - a2 / 42)), a.sin() / a)
+    # 1 - cos a = 2 sin^2(a/2): no cancellation for small angles in float32
+    cos_a = torch.where(small, 0.5 - a2 / 24 * (1 - a2 / 30 * (1 - a2 / 56)),
+                        2 * (a / 2).sin().square() / safe)
+    x, y, z = pose.unbind(-1)
+    o = torch.zeros_like(x)
+    K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))   # (..., 3, 3)
+    eye = torch.eye(3, dtype=pose.dtype, device=pose.device)
+    return eye + sin_a * K + cos_a * (K @ K)
+
+
+def rot6d_to_rotmat(x: Tensor) -> Tensor:
+    """6D to rotation matrix by Gram-Schmidt (Zhou et al. 2019); not in HMR, used by SPIN.
+
+    x (..., 6) -> (..., 3, 3).  SPIN's layout, interleaved: x viewed as (3, 2) holds R's first two
+    columns, so the identity is [1,0,0,1,0,0]; 4D-Humans stores the columns one after the other.
+    """
+    if x.shape[-1:] != (6,):
+        raise ValueError(f"6D rotations must be (..., 6), got {tuple(x.shape)}")
+    a1, a2 = x.unflatten(-1, (3, 2)).unbind(-1)                       # (..., 3) each
+    b1 = nn.functional.normalize(a1, dim=-1)
+    b2 = nn.functional.normalize(a2 - (b1 * a2).sum(-1, keepdim=True) * b1, dim=-1)
+    b3 = torch.linalg.cross(b1, b2, dim=-1)
+    return torch.stack([b1, b2, b3], -1)                              # columns
+
+
+# --------------------------------------------------------------------------------------------
+# The body
+
+def blend_shapes(coefficients: Tensor, directions: Tensor) -> Tensor:
+    """Offsets that are linear in some coefficients: (B, N), (V, 3, N) -> (B, V, 3).
+
+    One formula serves SMPL's two uses, shape (N = 10 betas) and pose (N = 207 pose features).
+    """
+    V = directions.shape[0]
+    offsets = coefficients @ directions.flatten(0, 1).T               # (B, V*3)
+    return offsets.unflatten(-1, (V, 3))                              # (B, V, 3)
+
+
+def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
+                          parents: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
+    """Forward kinematics: pose the skeleton, each joint in its parent's frame.
+
+    rotmats (B, 24, 3, 3) relative to the parent, joints (B, 24, 3) at rest ->
+    posed joints (B, 24, 3), and A (B, 24, 4, 4): the motion of each bone from rest to posed.
+    """
+    parents = [int(p) for p in parents]
+    # The bone vectors: a joint's place in its parent's frame.  The root's parent is the origin.
+    offsets = torch.cat([joints[:, :1], joints[:, 1:] - joints[:, parents[1:]]], 1)  # (B, 24, 3)
+    G_R, G_t = [rotmats[:, 0]], [offsets[:, 0]]       # the root turns about joint 0, not the origin
+    for i in range(1, rotmats.shape[1]):
+        R, t = G_R[parents[i]], G_t[parents[i]]                       # (B, 3, 3), (B, 3)
+        G_R.append(R @ rotmats[:, i])
+        G_t.append((R @ offsets[:, i, :, None])[..., 0] + t)
+    G_R, posed = torch.stack(G_R, 1), torch.stack(G_t, 1)             # (B, 24, 3, 3), (B, 24, 3)
+    # A takes a point of the REST body to the posed one: x -> G_R (x - J) + posed, so a vertex at
+    # its joint lands on the posed joint.  Forgetting "- G_R J" explodes the body.
+    t = posed - (G_R @ joints[..., None])[..., 0]                     # (B, 24, 3)
+    A = torch.cat([G_R, t[..., None]], -1)                            # (B, 24, 3, 4)
+    return posed, nn.functional.pad(A, (0, 0, 0, 1)) + A.new_tensor([0, 0, 0, 1.0]).diag()
+
+
+def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, posedirs: Tensor,
+        J_regressor: Tensor, parents: tuple[int, ...] | Tensor,
+        weights: Tensor) -> tuple[Tensor, Tensor]:
+    """SMPL's function M(beta, theta): linear blend skinning of a corrected template.
+
+    betas (B, 10), rotmats (B, 24, 3, 3), v_template (V, 3), shapedirs (V, 3, 10),
+    posedirs (V, 3, 207), J_regressor (24, V), parents (24,), weights (V, 24)
+    -> vertices (B, V, 3), joints (B, 24, 3), metres.
+    """
+    # 1. Shape: who is it?
+    v_shaped = v_template + blend_shapes(betas, shapedirs)            # (B, V, 3)
+    # 2. Joints of THIS person, in the rest pose and before any pose correction.
+    J = torch.einsum("jv,bvc->bjc", J_regressor, v_shaped)            # (B, 24, 3)
+    # 3. Pose blend shapes: what skinning alone would get wrong (collapsing elbows, bulging
+    #    knees), linear in the elements of R - I.  "- I" makes the rest pose need no correction;
+    #    the root is left out because turning the whole body bends nothing.
+    eye = torch.eye(3, dtype=rotmats.dtype, device=rotmats.device)
+    pose_feature = (rotmats[:, 1:] - eye).flatten(1)                  # (B, 207)
+    v_posed = v_shaped + blend_shapes(pose_feature, posedirs)         # (B, V, 3)
+    # 4. Kinematic chain.
+    joints, A = batch_rigid_transform(rotmats, J, parents)            # (B, 24, 3), (B, 24, 4, 4)
+    # 5. Skinning: each vertex follows a weighted mean of the bones' motions, v' = T [v; 1].
+    T = torch.einsum("vj,bjik->bvik", weights, A[:, :, :3])           # (B, V, 3, 4)
+    v_homogeneous = nn.functional.pad(v_posed, (0, 1), value=1.0)     # (B, V, 4)
+    vertices = torch.einsum("bvik,bvk->bvi", T, v_homogeneous)        # (B, V, 3)
+    return vertices, joints
+
+
+class SMPLOutput(NamedTuple):
+    vertices: Tensor | None   # (B, V, 3), None if not asked for
+    joints: Tensor            # (B, 24, 3) the skeleton's joints
+    keypoints: Tensor         # (B, 19, 3) regressed from the skin, KEYPOINT_NAMES
+
+
+class SMPL(nn.Module):
+    """A body file made callable.  `SMPL()` is the open body; `SMPL(path)` any SMPL .npz or .pkl.
+
+    All tensors are buffers, so `.double()` and `.to(device)` work, and none is persistent, so that
+    no checkpoint ever carries a licensed body; checkpoints store `name` and `sha256` instead.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        super().__init__()
+        path = Path(path or OPEN_BODY)
+        data = load_body(path)
+        self.name, self.sha256 = path.name, hashlib.sha256(path.read_bytes()).hexdigest()
+        self.parents = tuple(int(p) for p in data["parents"])
+        for key in ("v_template", "shapedirs", "posedirs", "J_regressor", "weights",
+                    "cocoplus_regressor", "mean_pose"):
+            self._constant(key, torch.tensor(data[key], dtype=torch.float32))
+        self._constant("faces", torch.tensor(data["f"].astype(np.int64)))
+        self._make_keypoint_body()
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def _make_keypoint_body(self) -> None:
+        """Pick the few vertices that the 19 keypoints are regressed from.
+
+        The losses need joints and keypoints, not the whole skin.  Joint regression is linear, so
+        the 24 rest joints can ride along as 24 extra "vertices" with their own template and shape
+        directions; with those, the unchanged `lbs` runs on this much smaller body.
+        """
+        used = (self.cocoplus_regressor != 0).any(0).nonzero()[:, 0]              # (U,)
+        joint_dirs = torch.einsum("jv,vcn->jcn", self.J_regressor, self.shapedirs)
+        self._constant("kp_template", torch.cat([self.v_template[used],
+                                                 self.J_regressor @ self.v_template]))
+        self._constant("kp_shapedirs", torch.cat([self.shapedirs[used], joint_dirs]))
+        self._constant("kp_posedirs", nn.functional.pad(self.posedirs[used], (0, 0, 0, 0, 0, 24)))
+        self._constant("kp_weights", nn.functional.pad(self.weights[used], (0, 0, 0, 24)))
+        self._constant("kp_J_regressor", nn.functional.pad(torch.eye(24), (len(used), 0)))
+        self._constant("kp_regressor", nn.functional.pad(self.cocoplus_regressor[:, used], (0, 24)))
+
+    def forward(self, betas: Tensor, pose: Tensor, vertices: bool = True) -> SMPLOutput:
+        """betas (B, 10); pose (B, 72) or (B, 24, 3) axis-angle, or (B, 24, 3, 3) matrices.
+
+        -> SMPLOutput in SMPL's frame, metres.  `vertices=False` skins only what the keypoints need.
+        """
+        if betas.ndim != 2 or betas.shape[1] != 10:
+            raise ValueError(f"betas must be (B, 10), got {tuple(betas.shape)}")
+        B = betas.shape[0]
+        if tuple(pose.shape) == (B, 24, 3, 3):
+            rotmats = pose
+        elif tuple(pose.shape) in ((B, 72), (B, 24, 3)):
+            rotmats = batch_rodrigues(pose.reshape(B, 24, 3))         # (B, 24, 3, 3)
+        else:
+            raise ValueError(f"pose must be ({B}, 72), ({B}, 24, 3) or ({B}, 24, 3, 3) to go with "
+                             f"betas {tuple(betas.shape)}, got {tuple(pose.shape)}")
+        if vertices:
+            v, joints = lbs(betas, rotmats, self.v_template, self.shapedirs, self.posedirs,
+                            self.J_regressor, self.parents, self.weights)
+            return SMPLOutput(v, joints, torch.einsum("kv,bvc->bkc", self.cocoplus_regressor, v))
+        v, joints = lbs(betas, rotmats, self.kp_template, self.kp_shapedirs, self.kp_posedirs,
+                        self.kp_J_regressor, self.parents, self.kp_weights)
+        return SMPLOutput(None, joints, torch.einsum("kv,bvc->bkc", self.kp_regressor, v))
+
+
+def save_obj(path: str | os.PathLike, vertices: Tensor, faces: Tensor) -> None:
+    """Write one mesh, vertices (V, 3) and faces (F, 3), as Wavefront OBJ (1-based indices)."""
+    lines = [f"v {x:.6f} {y:.6f} {z:.6f}" for x, y, z in vertices.tolist()]
+    lines += [f"f {a + 1} {b + 1} {c + 1}" for a, b, c in faces.tolist()]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Write under a temporary name, then rename: an interrupted write leaves no half file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+# ============================================================================================
+# Not needed to understand HMR: reading body files.
+#
+# SMPL's official files are Python-2 pickles of chumpy and scipy objects.  A plain `pickle.load`
+# runs whatever the file says and needs chumpy, which no longer imports.  This unpickler knows the
+# few names such files contain, replaces each by an inert stand-in, and refuses any other.
+
+class _StandIn:
+    """Whatever state the pickled object had, kept as plain attributes."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        if isinstance(state, tuple) and len(state) == 2:             # (dict, slots) of protocol 2
+            state = {**(state[0] or {}), **(state[1] or {})}
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError("unexpected object state")
+        self.__dict__.update(state)
+
+
+class _Ch(_StandIn):            # chumpy.ch.Ch: `x` is the array
+    pass
+
+
+class _Select(_StandIn):        # chumpy.reordering.Select: a.ravel()[idxs] in preferred_shape
+    pass
+
+
+class _Reshape(_StandIn):       # chumpy.reordering.Reshape: a.reshape(newshape)
+    pass
+
+
+class _Transpose(_StandIn):     # chumpy.reordering.transpose: a.T
+    pass
+
+
+class _Sparse(_StandIn):        # scipy.sparse: data, indices, indptr (or row, col), _shape
+    kind = "csc"
+
+
+class _Csr(_Sparse):
+    kind = "csr"
+
+
+class _Coo(_Sparse):
+    kind = "coo"
+
+
+def _empty_array(subtype, shape, dtype):
+    # numpy pickles an array as "an empty one" and then sets its state; the shape asked for here is
+    # never used, so ignoring it also refuses an oversized allocation.
+    return np.ndarray.__new__(np.ndarray, (0,), "b")
+
+
+def _reconstructor(cls, base, state):
+    if not (isinstance(cls, type) and issubclass(cls, _StandIn)):
+        raise pickle.UnpicklingError("refused to rebuild an unknown class")
+    return cls()
+
+
+def _scalar(dtype, data):
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, dtype)[0]
+
+
+def _latin1(text, encoding="latin1"):
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"refused the codec {encoding!r}")
+    return text.encode("latin1")
+
+
+class _BodyUnpickler(pickle.Unpickler):
+    KNOWN = {
+        ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+        ("copy_reg", "_reconstructor"): _reconstructor,
+        ("copyreg", "_reconstructor"): _reconstructor,
+        ("__builtin__", "object"): object, ("builtins", "object"): object,
+        ("_codecs", "encode"): _latin1,
+        ("chumpy.ch", "Ch"): _Ch, ("chumpy", "Ch"): _Ch,
+        ("chumpy.reordering", "Select"): _Select, ("chumpy.reordering", "Reshape"): _Reshape,
+        ("chumpy.reordering", "transpose"): _Transpose,
+    }
+    for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        KNOWN[_core, "_reconstruct"] = _empty_array
+        KNOWN[_core, "scalar"] = _scalar
+    for _kind, _cls in (("csc", _Sparse), ("csr", _Csr), ("coo", _Coo)):
+        for _module in (f"scipy.sparse.{_kind}", f"scipy.sparse._{_kind}", "scipy.sparse"):
+            KNOWN[_module, f"{_kind}_matrix"] = _cls
+            KNOWN[_module, f"{_kind}_array"] = _cls
+
+    def find_class(self, module, name):
+        known = self.KNOWN.get((module, name))
+        if known is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return known
+
+
+def _plain(value):
+    """Stand-ins (nested as chumpy nests them) -> numpy arrays; anything else unchanged."""
+    if isinstance(value, _Ch):
+        return np.asarray(_plain(value.x))
+    if isinstance(value, _Select):
+        picked = np.asarray(_plain(value.a)).ravel()[np.asarray(_plain(value.idxs))]
+        return picked.reshape(getattr(value, "preferred_shape", picked.shape))
+    if isinstance(value, _Reshape):
+        return np.asarray(_plain(value.a)).reshape(value.newshape)
+    if isinstance(value, _Transpose):
+        return np.asarray(_plain(value.a)).transpose(getattr(value, "axes", None))
+    if isinstance(value, _Sparse):
+        import scipy.sparse
+        make = {"csc": scipy.sparse.csc_matrix, "csr": scipy.sparse.csr_matrix,
+                "coo": scipy.sparse.coo_matrix}[value.kind]
+        inner = ((value.row, value.col),) if value.kind == "coo" else (value.indices, value.indptr)
+        shape = getattr(value, "_shape", None) or value.shape
+        return np.asarray(make((value.data, *inner), shape=shape).todense())
+    return value
+
+
+def _read_raw(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such body file; leave --smpl out for the open body, or "
+                                f"see README for where to get SMPL's")
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+        except Exception as error:
+            raise ValueError(f"{path}: expected a readable .npz of plain arrays ({error}); get the "
+                             f"file again, or use the official .pkl") from None
+    try:
+        with open(path, "rb") as file:
+            raw = _BodyUnpickler(file, encoding="latin1").load()
+        if isinstance(raw, dict):
+            return {str(key): _plain(value) for key, value in raw.items()}
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: refused, {error}, which no SMPL body file needs; expected an "
+                         f"official SMPL .pkl") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable SMPL .pkl ({type(error).__name__}: {error}); it "
+                         f"may be truncated, get the file again") from None
+    raise ValueError(f"{path}: expected a pickled dict of SMPL arrays, found "
+                     f"{type(raw).__name__}; use an official SMPL .pkl")
+
+
+def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read and check an SMPL file (.npz or official .pkl, no chumpy needed) -> dict of arrays.
+
+    Keys: v_template (V,3), shapedirs (V,3,10), posedirs (V,3,207), J_regressor (24,V),
+    weights (V,24), cocoplus_regressor (19,V), f (F,3), parents (24,), mean_pose (72,).
+    Raises FileNotFoundError or ValueError with one sentence naming file, key and remedy.
+    """
+    path = Path(path)
+    raw = _read_raw(path)
+    wanted = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
+    missing = [key for key in wanted if key not in raw]
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; expected the keys of an SMPL file")
+    if "cocoplus_regressor" not in raw:
+        raise ValueError(f"{path}: lacks cocoplus_regressor (the 19 keypoints); use HMR's "
+                         f"neutral_smpl_with_cocoplus_reg.pkl")
+    V = len(np.asarray(raw["v_template"]))
+    shapes = {"v_template": (V, 3), "shapedirs": (V, 3, 10), "posedirs": (V, 3, 207),
+              "J_regressor": (24, V), "weights": (V, 24), "cocoplus_regressor": (19, V),
+              "mean_pose": (72,)}
+    raw.setdefault("mean_pose", np.zeros(72))   # official files have none: it is a file beside them
+    data = {}
+    for key, shape in shapes.items():
+        array = np.asarray(raw[key])
+        if key == "shapedirs" and array.ndim == 3:
+            array = array[:, :, :10]            # v1.1 files hold 300; HMR uses the first 10
+        if array.shape != shape or array.dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected numbers of "
+                             f"shape {shape}; is it an SMPL file?")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; get the file again")
+        data[key] = array.astype(np.float64)
+    # The official table stores the root's parent as 4294967295, which is -1 in uint32.
+    data["parents"] = np.asarray(raw["kintree_table"]).astype(np.int64)[0].astype(np.int32)
+    if data["parents"].tolist() != list(PARENTS):
+        raise ValueError(f"{path}: kintree_table is not SMPL's tree of 24 joints; is it another "
+                         f"model's file (SMPL-X, MANO)?")
+    data["f"] = np.asarray(raw["f"]).astype(np.int64)
+    if data["f"].ndim != 2 or data["f"].shape[1] != 3 or not 0 <= data["f"].min() <= \
+            data["f"].max() < V:
+        raise ValueError(f"{path}: f must be (F, 3) vertex numbers below {V}; get the file again")
+    return data
+
+
+# ============================================================================================
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Pose a body; print shapes and known values.")
+    parser.add_argument("--smpl", metavar="FILE", help="an SMPL .npz or .pkl (default: open body)")
+    parser.add_argument("--out", default="out", help="folder for smpl.obj and smpl.png")
+    args = parser.parse_args(argv)
+    try:
+        smpl = SMPL(args.smpl)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"smpl.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{smpl.name}  sha256 {smpl.sha256[:12]}  V = {len(smpl.v_template)}  "
+          f"F = {len(smpl.faces)}")
+    betas, pose = torch.zeros(1, 10), torch.zeros(1, 72)
+    rest = smpl(betas, pose)
+    height = rest.vertices[0, :, 1].max() - rest.vertices[0, :, 1].min()
+    quarter = batch_rodrigues(torch.tensor([0, 0, torch.pi / 2])) @ torch.tensor([1.0, 0, 0])
+    fast = smpl(betas, pose, vertices=False)
+    print(f"vertices {tuple(rest.vertices.shape)}  joints {tuple(rest.joints.shape)}  "
+          f"keypoints {tuple(rest.keypoints.shape)}")
+    for what, got, expected in [
+            ("a quarter turn about z takes x to", [round(v, 3) for v in quarter.tolist()], "y"),
+            ("zero betas and pose minus template, m",
+             f"{(rest.vertices[0] - smpl.v_template).abs().max():.1e}", "0"),
+            ("stature, m", f"{height:.2f}", "about 1.7"),
+            ("left wrist at x, m", f"{rest.joints[0, 20, 0]:.2f}", "positive: left is +x"),
+            ("keypoints-only path minus full path, m",
+             f"{(fast.keypoints - rest.keypoints).abs().max():.1e}", "below 1e-6")]:
+        print(f"  {what:40s} {got!s:18s} expected {expected}")
+    _demo_pictures(smpl, Path(args.out))
+    return 0
+
+
+def _demo_pictures(smpl: SMPL, out: Path) -> None:
+    from data import render_row, save_png       # the demo may look downstream; the module may not
+    pose = torch.zeros(4, 24, 3)
+    pose[1] = smpl.mean_pose.view(24, 3)
+    pose[2, 16, 2], pose[2, 19, 1], pose[2, 1, 0], pose[2, 4, 0] = -1.2, 1.5, -1.0, 1.4
+    pose[3, 0, 1] = 1.2                                             # turn to the person's left
+    betas = torch.zeros(4, 10)
+    betas[3, 0] = 2.0
+    vertices = smpl(betas, pose).vertices                             # (4, V, 3)
+    save_obj(out / "smpl.obj", vertices[2], smpl.faces)
+    save_png(out / "smpl.png", render_row(vertices, smpl.faces))
+    print(f"wrote {out / 'smpl.obj'} and {out / 'smpl.png'}: template, mean pose, a bent elbow and "
+          f"knee, turned with beta_0 = 2")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1066 @@
+"""What HMR claims, checked: run `pytest -x` and read the failures as a syllabus, in paper order.
+
+Every tolerance has its reason beside it; every message says which mistake it suggests.  Oracles
+are independent of the code: scipy's rotations, torchvision's ResNets, plain Python loops, numbers
+worked out by hand.  No GPU, no network, under three minutes on two cores.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+import torchvision
+from scipy.spatial.transform import Rotation
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+import data
+import hmr
+import smpl as smpl_module
+import train
+from hmr import HMR, Discriminator, Regressor, ResNet
+from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, OPEN_BODY, PARENTS,
+                  SMPL, batch_rigid_transform, batch_rodrigues, blend_shapes, lbs, load_body,
+                  rot6d_to_rotmat)
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def body() -> SMPL:
+    return SMPL()
+
+
+def close(got, expected, tolerance: float, message: str) -> None:
+    got, expected = (torch.as_tensor(x).double() if isinstance(x, Tensor) else
+                     torch.tensor(x, dtype=torch.float64) for x in (got, expected))
+    error = (got - expected).abs().max().item()
+    assert error <= tolerance, f"{message} (off by {error:.3g}, allowed {tolerance:.3g})"
+
+
+# ============================================================================================
+# Sec. 3.1: rotations
+
+ROTATIONS = {"random": torch.randn(20, 3, dtype=torch.float64),
+             "many turns": 30 * torch.randn(20, 3, dtype=torch.float64),
+             "tiny": 1e-5 * torch.randn(20, 3, dtype=torch.float64),
+             "half turns": math.pi * nn.functional.normalize(torch.randn(9, 3).double(), dim=1),
+             "zero": torch.zeros(1, 3, dtype=torch.float64),
+             # |r + 1e-8| = 0: NaN in the published implementations
+             "minus 1e-8": torch.full((1, 3), -1e-8, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rodrigues_agrees_with_scipy_and_the_exponential_map(kind):
+    r = ROTATIONS[kind]
+    R = batch_rodrigues(r)
+    expected = torch.from_numpy(Rotation.from_rotvec(r.numpy()).as_matrix())
+    close(R, expected, 1e-12, f"{kind}: not scipy's rotation; transposed, or wrong near zero?")
+    x, y, z = r.unbind(-1)
+    o = torch.zeros_like(x)
+    K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).view(-1, 3, 3)
+    # matrix_exp squares repeatedly, so its own error grows with the angle
+    close(R, torch.matrix_exp(K), 1e-10, f"{kind}: R must be exp([r]x)")
+
+
+def test_rodrigues_turns_columns_and_keeps_leading_shapes():
+    quarter = batch_rodrigues(torch.tensor([0, 0, math.pi / 2]))
+    close(quarter @ torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0]), 1e-6,
+          "Rz(90 deg) x must be y: this is R transposed, which breaks skinning silently")
+    assert batch_rodrigues(torch.zeros(2, 5, 24, 3)).shape == (2, 5, 24, 3, 3)
+    assert (batch_rodrigues(torch.zeros(3)) == torch.eye(3)).all(), "zero must give exactly I"
+    with pytest.raises(ValueError, match=r"\(\.\.\., 3\)"):
+        batch_rodrigues(torch.zeros(2, 72))
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rodrigues_has_the_right_gradient_even_at_zero(kind):
+    r = ROTATIONS[kind][:3].clone().requires_grad_()
+    assert gradcheck(batch_rodrigues, (r,)), f"{kind}: 0/0 in the backward pass gives NaN"
+
+
+def test_rodrigues_is_accurate_in_float32_across_the_switch_to_the_series():
+    for angle in (1e-6, 1e-3, 9.9e-3, 1.01e-2, 0.1, 3.0):
+        r = angle * nn.functional.normalize(torch.randn(50, 3), dim=1)
+        # a handful of float32 roundings of numbers up to 1
+        close(batch_rodrigues(r).double(), batch_rodrigues(r.double()), 5e-7,
+              f"float32 at angle {angle}: 1 - cos(a) cancels; use 2 sin^2(a/2)")
+
+
+def test_rot6d_has_spins_interleaved_layout():
+    identity, half_turn = torch.tensor([1.0, 0, 0, 1, 0, 0]), torch.tensor([1.0, 0, 0, -1, 0, 0])
+    close(rot6d_to_rotmat(identity), torch.eye(3), 0, "[1,0,0,1,0,0] is the identity in SPIN's")
+    close(rot6d_to_rotmat(half_turn), torch.diag(torch.tensor([1.0, -1, -1])), 0, "this is Rx(pi)")
+    R = torch.from_numpy(Rotation.random(10, random_state=0).as_matrix())
+    close(rot6d_to_rotmat(R[..., :2].flatten(1)), R, 1e-12, "a rotation's own columns give it back")
+    x = torch.randn(1, 3, 6, dtype=torch.float64)       # 3 vectors: torch.cross without dim fails
+    Q = rot6d_to_rotmat(x)
+    close(Q @ Q.mT, torch.eye(3).double().expand(1, 3, 3, 3), 1e-12, "not orthonormal")
+    close(torch.linalg.det(Q), torch.ones(1, 3).double(), 1e-12, "a reflection, not a rotation")
+    assert gradcheck(rot6d_to_rotmat, (x.requires_grad_(),))
+
+
+# ============================================================================================
+# Sec. 3.1: SMPL
+
+def random_body(V: int, dtype=torch.float64) -> dict[str, Tensor]:
+    """SMPL's arrays with random content; joint 0 is well off the origin."""
+    rand = lambda *shape: torch.rand(*shape, dtype=dtype)
+    normal = lambda *shape: torch.randn(*shape, dtype=dtype)
+    return dict(v_template=1 + normal(V, 3), shapedirs=0.1 * normal(V, 3, 10),
+                posedirs=0.1 * normal(V, 3, 207),
+                J_regressor=torch.softmax(normal(24, V), 1), parents=PARENTS,
+                weights=torch.softmax(3 * rand(V, 24), 1))
+
+
+def slow_smpl(betas, rotmats, v_template, shapedirs, posedirs, J_regressor, parents, weights):
+    """One body, vertex by vertex, number by number: betas (10,), rotmats (24, 3, 3)."""
+    arrays = [np.asarray(a) for a in (betas, rotmats, v_template, shapedirs, posedirs, J_regressor,
+                                      weights)]
+    betas, R, template, S, P, regressor, W = arrays
+    V = len(template)
+    shaped = [[template[v, c] + sum(S[v, c, n] * betas[n] for n in range(10)) for c in range(3)]
+              for v in range(V)]
+    J = [np.array([sum(regressor[j, v] * shaped[v][c] for v in range(V)) for c in range(3)])
+         for j in range(24)]
+    feature = [R[j, r, c] - (r == c) for j in range(1, 24) for r in range(3) for c in range(3)]
+    G = {}                                                   # world rotation, world position
+    for j in range(24):
+        p = parents[j]
+        G[j] = (R[j], J[j]) if p < 0 else (G[p][0] @ R[j], G[p][0] @ (J[j] - J[p]) + G[p][1])
+    vertices = []
+    for v in range(V):
+        x = np.array([shaped[v][c] + sum(P[v, c, k] * feature[k] for k in range(207))
+                      for c in range(3)])
+        vertices.append(sum(W[v, j] * (G[j][0] @ (x - J[j]) + G[j][1]) for j in range(24)))
+    return torch.tensor(np.array(vertices)), torch.tensor(np.array([G[j][1] for j in range(24)]))
+
+
+@pytest.mark.parametrize("V", [5, 31])
+def test_lbs_equals_a_slow_loop(V):
+    model = random_body(V)
+    betas, R = torch.randn(3, 10).double(), batch_rodrigues(torch.randn(3, 24, 3).double())
+    vertices, joints = lbs(betas, R, **model)
+    for b in range(3):
+        v, j = slow_smpl(betas[b], R[b], **model)
+        close(joints[b], j, 1e-12, "posed joints: chain order, or rest joints taken unshaped?")
+        close(vertices[b], v, 1e-12, "vertices: pose feature's order, - I, or - G J forgotten?")
+
+
+def test_lbs_gradients():
+    model = random_body(4)
+    betas = torch.randn(2, 10, dtype=torch.float64, requires_grad=True)
+    for scale in (0.0, 1.0, 3.0):                            # the zero pose and large angles
+        pose = (scale * torch.randn(2, 24, 3).double()).requires_grad_()
+        f = lambda b, p: lbs(b, batch_rodrigues(p), **model)
+        assert gradcheck(f, (betas, pose), fast_mode=True), f"wrong gradient at scale {scale}"
+
+
+def test_zero_input_returns_the_template_and_the_root_turns_about_joint_0():
+    model = random_body(20)
+    betas, pose = torch.zeros(1, 10).double(), torch.zeros(1, 24, 3).double()
+    vertices, joints = lbs(betas, batch_rodrigues(pose), **model)
+    close(vertices[0], model["v_template"], 1e-14, "the rest pose needs no pose blend shape: R - I")
+    pose[0, 0] = torch.randn(3)
+    R = batch_rodrigues(pose)
+    turned, turned_joints = lbs(betas, R, **model)
+    J0 = joints[:, :1]
+    close(turned_joints[:, 0], J0[:, 0], 1e-14, "joint 0 must stay: the root turns about it")
+    close(turned - J0, (vertices - J0) @ R[:, 0].mT, 1e-12,
+          "a root rotation is rigid: it turns about joint 0 and is not in the pose feature")
+
+
+def test_joints_depend_on_betas_but_not_on_pose_blend_shapes():
+    model, betas = random_body(20), torch.randn(1, 10).double()
+    R = batch_rodrigues(torch.randn(1, 24, 3).double())
+    _, joints = lbs(betas, R, **model)
+    _, other = lbs(betas, R, **{**model, "posedirs": 0 * model["posedirs"]})
+    close(joints, other, 0, "J is regressed BEFORE the pose blend shapes")
+    _, average = lbs(0 * betas, R, **model)
+    assert (joints - average).abs().max() > 1e-3, "J must be regressed from the SHAPED template"
+
+
+def test_a_tall_person_has_long_bones_and_bones_do_not_stretch():
+    model = random_body(20)
+    betas = torch.randn(1, 10).double()
+    rest = model["J_regressor"] @ (model["v_template"] + blend_shapes(betas, model["shapedirs"]))
+    posed, A = batch_rigid_transform(batch_rodrigues(torch.randn(1, 24, 3).double()), rest, PARENTS)
+    length = lambda J: (J[:, 1:] - J[:, list(PARENTS[1:])]).norm(dim=-1)
+    close(length(posed), length(rest), 1e-12, "posing must keep every bone's length")
+    assert (A[0, :, 3] == torch.tensor([0, 0, 0, 1.0])).all(), "A's last row is 0 0 0 1"
+
+
+def test_the_keypoint_path_equals_the_full_body():
+    full = SMPL().double()
+    betas, pose = torch.randn(4, 10).double(), (0.5 * torch.randn(4, 24, 3).double())
+    pose.requires_grad_()
+    a, b = full(betas, pose), full(betas, pose, vertices=False)
+    assert b.vertices is None
+    # the small body's rest joints were computed once, in float32: 0.1 micrometres
+    close(a.keypoints, b.keypoints, 1e-6, "keypoints must not depend on what else is skinned")
+    close(a.joints, b.joints, 1e-6, "joints must not depend on what else is skinned")
+    grad = [torch.autograd.grad(o.keypoints.square().sum(), pose)[0] for o in (a, b)]
+    close(grad[0], grad[1], 1e-5, "nor may gradients")
+
+
+def test_smpl_takes_poses_in_three_forms_and_refuses_others(body):
+    betas, pose = torch.randn(2, 10), torch.randn(2, 72)
+    outputs = [body(betas, p).vertices for p in
+               (pose, pose.view(2, 24, 3), batch_rodrigues(pose.view(2, 24, 3)))]
+    assert outputs[0].shape == (2, len(body.v_template), 3)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    for bad in (torch.zeros(2, 69), torch.zeros(3, 72), torch.zeros(2, 23, 3, 3)):
+        with pytest.raises(ValueError, match="pose must be"):
+            body(betas, bad)
+    with pytest.raises(ValueError, match="betas must be"):
+        body(torch.zeros(2, 9), pose)
+
+
+def test_no_checkpoint_carries_the_body(body):
+    assert not body.state_dict(), "a licensed body must not travel in a checkpoint"
+    assert len(body.sha256) == 64 and body.name == "body.npz"
+    assert body.double().v_template.dtype == torch.float64
+    body.float()
+
+
+def test_the_skeletons_tables_agree():
+    assert len(JOINT_NAMES) == len(PARENTS) == 24 and len(KEYPOINT_NAMES) == 19
+    assert all(p < i for i, p in enumerate(PARENTS)), "parents come first"
+    for names, flip in ((JOINT_NAMES, FLIP_JOINTS), (KEYPOINT_NAMES, FLIP_KEYPOINTS)):
+        for i, name in enumerate(names):
+            mirrored = re.sub("left|right", lambda m: {"left": "right", "right": "left"}[m[0]], name)
+            assert names[flip[i]] == mirrored, f"{name} must be swapped with {mirrored}"
+
+
+def test_the_open_body_is_a_person(body):
+    assert OPEN_BODY.stat().st_size <= 2 ** 20
+    v, J = body.v_template, body.J_regressor @ body.v_template
+    kp = dict(zip(KEYPOINT_NAMES, body.cocoplus_regressor @ v))
+    joint = dict(zip(JOINT_NAMES, J))
+    for name in ("weights", "J_regressor", "cocoplus_regressor"):
+        matrix = getattr(body, name)
+        assert matrix.min() >= 0, f"{name} must be non-negative"
+        close(matrix.sum(1), torch.ones(len(matrix)), 1e-5, f"{name}: rows must sum to 1")
+    assert (body.cocoplus_regressor > 0).sum(1).max() <= 16, "keypoints must stay cheap"
+    close(joint["pelvis"], torch.zeros(3), 5e-3, "the mean pelvis is the origin")
+    assert joint["left_wrist"][0] > 0.4, "the person's left is +x"
+    assert kp["head_top"][1] > kp["nose"][1] > kp["neck"][1] > kp["left_hip"][1] > \
+        kp["left_knee"][1] > kp["left_ankle"][1], "y is up"
+    assert kp["nose"][2] > kp["left_ear"][2], "the face looks along +z"
+    assert kp["left_eye"][0] > 0 > kp["right_eye"][0]
+    close(J[16::2][:4, 1], J[16, 1].expand(4), 0.08, "a T-pose: the arm is level")
+    # outward faces: the signed volume is the body's, some 70 litres
+    a, b, c = v[body.faces].unbind(1)
+    volume = (a * torch.linalg.cross(b, c)).sum() / 6
+    assert 0.04 < volume < 0.11, f"{volume:.3f} m^3: faces must be counter-clockwise from outside"
+
+
+def test_the_population_is_believable(body):
+    betas = torch.randn(2000, 10)
+    y = (body.v_template[:, 1] + betas @ body.shapedirs[:, 1].T)
+    stature = y.amax(1) - y.amin(1)
+    mean, std = stature.mean().item(), stature.std().item()
+    assert abs(mean - 1.70) < 0.05 and 0.06 < std < 0.14, f"stature {mean:.2f} +- {std:.2f} m"
+    assert 1.35 < stature.min() and stature.max() < 2.15, "no children, no giants"
+
+
+# ---- body files ------------------------------------------------------------------------------
+
+def official_arrays() -> dict:
+    """The open body with the official file's keys, types and oddities."""
+    with np.load(OPEN_BODY) as file:
+        arrays = {key: file[key] for key in file.files}
+    arrays.pop("mean_pose")
+    arrays["J_regressor"] = scipy.sparse.csc_matrix(arrays["J_regressor"].astype(np.float64))
+    arrays["cocoplus_regressor"] = scipy.sparse.csc_matrix(arrays["cocoplus_regressor"])
+    arrays["bs_type"], arrays["bs_style"] = "lrotmin", "lbs"
+    return arrays
+
+
+def test_an_official_style_pickle_equals_the_npz(tmp_path, body):
+    path = tmp_path / "neutral.pkl"
+    path.write_bytes(pickle.dumps(official_arrays(), protocol=2))
+    ours = SMPL(path)
+    for name in ("v_template", "shapedirs", "J_regressor", "cocoplus_regressor", "faces"):
+        close(getattr(ours, name), getattr(body, name), 1e-7, f"{name} changed in the pickle")
+    assert ours.parents == PARENTS and ours.name == "neutral.pkl"
+
+
+def test_chumpy_arrays_load_without_chumpy(tmp_path, body):
+    # A pickle that says "chumpy.ch.Ch", made with a stand-in module of that name.
+    import types
+    package, module = types.ModuleType("chumpy"), types.ModuleType("chumpy.ch")
+    Ch = type("Ch", (), {"__module__": "chumpy.ch"})
+    package.ch, module.Ch = module, Ch
+    arrays = official_arrays()
+    for key in ("v_template", "shapedirs", "posedirs", "weights"):
+        ch = Ch()
+        ch.x = arrays[key].astype(np.float64)
+        arrays[key] = ch
+    sys.modules.update({"chumpy": package, "chumpy.ch": module})
+    try:
+        content = pickle.dumps(arrays, protocol=2)
+    finally:
+        del sys.modules["chumpy"], sys.modules["chumpy.ch"]
+    (tmp_path / "ch.pkl").write_bytes(content)
+    close(SMPL(tmp_path / "ch.pkl").v_template, body.v_template, 1e-7, "Ch.x is the array")
+
+
+class Hostile:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("call", [(os.system, "touch hacked"), (eval, "open('hacked', 'w')"),
+                                  (getattr, os, "system"), (np.load, "x"), (bytearray, 10 ** 12)])
+def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pkl"
+    try:
+        path.write_bytes(pickle.dumps({"v_template": Hostile(*call)}, protocol=2))
+    except TypeError:                          # a module cannot be pickled: name it by hand
+        path.write_bytes(b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR.")
+    with pytest.raises(ValueError, match="refused, it asks for"):
+        SMPL(path)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_bad_body_files_end_in_a_sentence(tmp_path):
+    arrays = {k: np.asarray(v.todense()) if scipy.sparse.issparse(v) else v
+              for k, v in official_arrays().items()}
+
+    def save(**changes) -> Path:
+        content = {k: v for k, v in {**arrays, **changes}.items() if v is not None}
+        np.savez(tmp_path / "b.npz", **content)
+        return tmp_path / "b.npz"
+
+    nan = arrays["v_template"].copy()
+    nan[3, 1] = np.nan
+    tree = arrays["kintree_table"].copy()
+    tree[0, 5] = 1
+    for changes, sentence in [
+            (dict(weights=None), "lacks weights"), (dict(v_template=nan), "v_template holds NaN"),
+            (dict(cocoplus_regressor=None), "lacks cocoplus_regressor"),
+            (dict(posedirs=np.zeros((4, 3, 207))), "posedirs is"),
+            (dict(kintree_table=tree), "kintree_table is not SMPL's"),
+            (dict(f=arrays["f"] + 10 ** 6), "f must be"),
+            (dict(weights=np.array([None])), "readable .npz")]:
+        with pytest.raises(ValueError, match=sentence):
+            load_body(save(**changes))
+    whole = save().read_bytes()
+    for name, content in (("cut.npz", whole[:5000]), ("cut.pkl", pickle.dumps(arrays)[:5000]),
+                          ("text.pkl", b"hello"), ("list.pkl", pickle.dumps([1, 2]))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            load_body(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no such body file"):
+        load_body(tmp_path / "absent.pkl")
+
+
+# ============================================================================================
+# Sec. 3.4 and the slides: ResNet
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_resnet_equals_torchvisions(depth):
+    theirs = getattr(torchvision.models, f"resnet{depth}")(weights=None)
+    for m in theirs.modules():
+        if isinstance(m, nn.BatchNorm2d):      # fresh statistics (0 and 1) would hide a mix-up
+            m.running_mean.uniform_(-0.1, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+            m.weight.data.uniform_(0.5, 1.0)
+            m.bias.data.uniform_(-0.1, 0.1)
+    ours = ResNet(depth, num_classes=1000)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        a, b = ours.eval()(x), theirs.eval()(x)
+    # same operations in the same order; 1e-5 leaves room for another convolution algorithm
+    close((a - b).norm() / b.norm(), 0.0, 1e-5, "ReLU after the addition? stride on the 3x3?")
+
+
+def test_multiply_adds_are_the_slides():
+    table = {18: 1.8, 34: 3.6, 50: 3.8, 101: 7.6, 152: 11.3}                     # slides, 1e9
+    for depth, slides in table.items():
+        with torch.device("meta"):
+            network = ResNet(depth, num_classes=1000, v1=True)
+        count = hmr.count_multiply_adds(network) / 1e9
+        assert abs(count / slides - 1) < 0.03, f"ResNet-{depth}: {count:.2f}e9, slides {slides}e9"
+    with torch.device("meta"):
+        moved = hmr.count_multiply_adds(ResNet(50, num_classes=1000)) / 1e9
+    assert abs(moved - 4.09) < 0.01, "torchvision's stride placement costs 4.09e9"
+
+
+def test_a_residual_block_with_zero_weights_is_the_identity():
+    x = torch.rand(2, 64, 8, 8)                               # a ReLU's output: non-negative
+    for block in (hmr.BasicBlock(64, 64, 1, False, False), hmr.Bottleneck(64, 16, 1, False, False)):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.zeros_(module.weight)
+        assert torch.equal(block.eval()(x), x), "y = F(x) + x with F = 0 must be x"
+        block.plain = True
+        assert (block(x) == 0).all(), "a plain block has no shortcut"
+
+
+def test_the_slides_constructed_solution():
+    """A deeper network that copies a shallower one and adds identity layers is no worse."""
+    shallow, deep = ResNet(18, width=16).eval(), ResNet(34, width=16).eval()
+    deep.load_state_dict(shallow.state_dict(), strict=False)  # the first two blocks of each stage
+    for stage in (deep.layer1, deep.layer2, deep.layer3, deep.layer4):
+        for block in stage[2:]:
+            nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        close(deep(x), shallow(x), 0, "extra blocks with F = 0 must change nothing")
+
+
+def test_resnets_options():
+    assert ResNet(50).feature_dim == 2048 and ResNet(18, width=32).feature_dim == 256
+    assert ResNet(18, width=8, stem="light")(torch.randn(1, 3, 64, 64)).shape == (1, 64)
+    plain = [n for n, _ in ResNet(34, plain=True).named_parameters() if "downsample" in n]
+    assert not plain, "a plain network has no projections either"
+    for bad in (dict(depth=20), dict(stem="big")):
+        with pytest.raises(ValueError):
+            ResNet(**bad)
+
+
+# ============================================================================================
+# Sec. 3.2: iterative error feedback
+
+def test_the_regressor_is_the_papers():
+    regressor = Regressor(2048, torch.zeros(1, 85))
+    assert sum(p.numel() for p in regressor.parameters()) == 3_321_941
+    assert regressor.fc1.in_features == 2133, "[phi 2048 | Theta 85]"
+    bound = regressor.fc3.weight.abs().max().item()
+    assert 0.0073 < bound <= 0.0073555, f"last layer within {bound:.4g}: xavier with gain 0.1"
+
+
+def test_the_regressor_equals_a_hand_written_loop():
+    regressor = Regressor(7, torch.randn(1, 85), iterations=3, dropout=0.5).eval()
+    feature = torch.randn(4, 7)
+    w = {k: v.detach() for k, v in regressor.named_parameters()}
+    theta = regressor.theta_bar.repeat(4, 1)
+    for got in regressor(feature):
+        x = torch.cat([feature, theta], 1)
+        for i in (1, 2):
+            x = (x @ w[f"fc{i}.weight"].T + w[f"fc{i}.bias"]).clamp(min=0)
+        theta = theta + x @ w["fc3.weight"].T + w["fc3.bias"]
+        close(got, theta, 1e-4, "a ReLU lost, features not first, or not Theta + DeltaTheta?")
+
+
+def test_dropout_follows_both_hidden_layers_with_fresh_masks():
+    regressor = Regressor(7, torch.zeros(1, 85), iterations=2, dropout=0.5).train()
+    calls = []
+    original, torch.nn.functional.dropout = torch.nn.functional.dropout, \
+        lambda x, p, training: calls.append((p, training, x.min() >= 0)) or original(x, p, training)
+    try:
+        regressor(torch.randn(3, 7))
+    finally:
+        torch.nn.functional.dropout = original
+    assert len(calls) == 4 and all(p == 0.5 and t for p, t, _ in calls), "two per iteration"
+    assert all(after_relu for *_, after_relu in calls), "each after its ReLU"
+    feature = torch.randn(3, 7)
+    assert not torch.equal(regressor(feature)[0], regressor(feature)[0]), "masks must be fresh"
+    regressor.eval()
+    assert torch.equal(regressor(feature)[0], regressor(feature)[0]), "no dropout in eval mode"
+
+
+def test_gradients_run_through_all_iterations():
+    regressor = Regressor(7, torch.zeros(1, 85), iterations=3).eval()
+    gradient = []
+    for t in (1, 3):
+        feature = torch.randn(2, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        thetas = regressor(feature)
+        thetas[t - 1].sum().backward()
+        gradient.append(feature.grad)
+    assert not torch.allclose(*gradient), "Theta_3 must carry gradients of iterations 1 and 2: no detach"
+    theta = [p.grad.clone() for p in regressor.parameters()]
+    assert all(g.abs().sum() > 0 for g in theta)
+
+
+def test_theta_bar_is_upright_average_and_fixed(body):
+    model = HMR(body, depth=18, width=8)
+    theta = model.regressor.theta_bar
+    assert theta.shape == (1, 85) and not theta.requires_grad
+    close(theta[0, :6], torch.tensor([0.9, 0, 0, math.pi, 0, 0]), 1e-6, "scale .9, root Rx(pi)")
+    assert (theta[0, 75:] == 0).all(), "average shape"
+    out = model.decode(theta)
+    kp = dict(zip(KEYPOINT_NAMES, out.keypoints2d[0]))
+    assert kp["head_top"][1] < kp["left_ankle"][1], "upside down: y of the camera points DOWN"
+    assert kp["left_hip"][0] > kp["right_hip"][0], "facing us, the left side is on the right"
+    sixd = HMR(body, depth=18, width=8, rotation="6d")
+    close(sixd.decode(sixd.regressor.theta_bar).rotmats, out.rotmats, 1e-6, "6D Theta-bar differs")
+
+
+@pytest.mark.parametrize("rotation, dim", [("axis-angle", 85), ("6d", 157)])
+def test_the_whole_network(body, rotation, dim):
+    model = HMR(body, depth=18, iterations=2, width=8, rotation=rotation)
+    thetas, out = model(torch.rand(3, 3, 64, 64))
+    assert [t.shape for t in thetas] == [(3, dim)] * 2
+    shapes = dict(rotmats=(3, 24, 3, 3), betas=(3, 10), cam=(3, 3), joints=(3, 24, 3),
+                  keypoints3d=(3, 19, 3), keypoints2d=(3, 19, 2))
+    assert {k: tuple(getattr(out, k).shape) for k in shapes} == shapes and out.vertices is None
+    out.keypoints2d.sum().backward()
+    assert model.encoder.conv1.weight.grad.abs().sum() > 0, "end to end: pixels must get gradients"
+    assert model.decode(thetas[0], vertices=True).vertices.shape == (3, len(body.v_template), 3)
+    with pytest.raises(ValueError, match="images must be"):
+        model(torch.rand(3, 64, 64, 3))
+
+
+# ============================================================================================
+# Sec. 3.1, Eq. (2): the camera
+
+def test_projection_is_the_official_codes():
+    cam, X = torch.tensor([[2.0, 0.1, -0.2]]), torch.tensor([[[0.3, 0.4, 9.0]]])
+    close(hmr.project(X, cam), torch.tensor([[[0.8, 0.4]]]), 1e-6,
+          "s (X + t) = 2 * (.3 + .1), 2 * (.4 - .2); the paper's s X + t would give .7, .6")
+    assert gradcheck(hmr.project, (torch.randn(2, 4, 3).double().requires_grad_(),
+                                   torch.randn(2, 3).double().requires_grad_()))
+
+
+# ============================================================================================
+# Sec. 3.2, Eqs. (1) and (3) to (6): the losses
+
+def test_reprojection_loss():
+    pred, target = torch.randn(3, 19, 2).double(), torch.randn(3, 19, 2).double()
+    v = (torch.rand(3, 19) < 0.6).double()
+    total, count = 0.0, 0
+    for n in range(3):
+        for k in range(19):
+            if v[n, k]:
+                total += sum(abs(float(pred[n, k, c] - target[n, k, c])) for c in range(2))
+                count += 2
+    close(hmr.keypoint_loss(pred, target, v), total / count, 1e-12,
+          "L1 (not squared), mean over the visible coordinates of the whole batch (not per image)")
+    one = torch.zeros(1, 19)
+    one[0, 4] = 1
+    shifted = torch.zeros(1, 19, 2)
+    shifted[0, 4] = torch.tensor([0.2, -0.4])
+    close(hmr.keypoint_loss(shifted, 0 * shifted, one), 0.3, 1e-7, "(.2 + .4) / 2")
+    assert gradcheck(lambda p: hmr.keypoint_loss(p, target, v), (pred.requires_grad_(),))
+
+
+def test_3d_joint_loss():
+    pred, target = torch.randn(3, 19, 3).double(), torch.randn(3, 19, 3).double()
+    has = torch.tensor([1.0, 0, 1]).double()
+    total = 0.0
+    for n in (0, 2):
+        for k in range(14):
+            for c in range(3):
+                hips = [float((x[n, 2, c] + x[n, 3, c]) / 2) for x in (pred, target)]
+                total += float(pred[n, k, c] - hips[0] - target[n, k, c] + hips[1]) ** 2
+    close(hmr.joints3d_loss(pred, target, has), 0.5 * total / (2 * 42), 1e-12,
+          "0.5 * mean over labelled samples x 14 x 3, both centred at the hips' midpoint")
+    close(hmr.joints3d_loss(target + 0.1, target, has), 0.0, 1e-12, "a shifted body is no error")
+    faces = target.clone()
+    faces[:, 14:] += 1
+    close(hmr.joints3d_loss(faces, target, has), 0.0, 0, "the five face points have no 3D label")
+    assert gradcheck(lambda p: hmr.joints3d_loss(p, target, has), (pred.requires_grad_(),))
+
+
+def test_smpl_parameter_loss():
+    R, S = (batch_rodrigues(torch.randn(3, 24, 3).double()) for _ in range(2))
+    a, b = torch.randn(3, 10).double(), torch.randn(3, 10).double()
+    has = torch.tensor([0.0, 1, 1]).double()
+    total = sum(float((R[n] - S[n]).square().sum() + (a[n] - b[n]).square().sum()) for n in (1, 2))
+    close(hmr.smpl_loss(R, a, S, b, has), 0.5 * total / (2 * 226), 1e-12,
+          "0.5 * mean over labelled samples x (24 * 9 + 10), the root's rotation included")
+    upright = torch.zeros(1, 24, 3).double()
+    upright[:, 0, 0] = math.pi
+    same = hmr.smpl_loss(batch_rodrigues(upright), a[:1], batch_rodrigues(-upright), a[:1], has[1:2])
+    close(same, 0.0, 1e-12, "Rx(pi) and Rx(-pi) are one rotation: compare matrices, not vectors")
+    R.requires_grad_()
+    assert gradcheck(lambda r, x: hmr.smpl_loss(r, x, S, b, has), (R, a.requires_grad_()),
+                     fast_mode=True)
+
+
+def test_nothing_labelled_costs_nothing_and_gives_no_nan():
+    pred = torch.randn(2, 19, 3, requires_grad=True)
+    none = torch.zeros(2)
+    R = torch.eye(3).expand(2, 24, 3, 3)
+    for loss in (hmr.keypoint_loss(pred[..., :2], torch.zeros(2, 19, 2), torch.zeros(2, 19)),
+                 hmr.joints3d_loss(pred, torch.zeros(2, 19, 3), none),
+                 hmr.smpl_loss(R * pred.sum(), torch.zeros(2, 10), R, torch.ones(2, 10), none)):
+        (gradient,) = torch.autograd.grad(loss, pred)
+        assert loss.item() == 0 and (gradient == 0).all(), "0/0: the mean of nothing must be 0"
+
+
+def test_the_two_3d_indicators_are_separate(body):
+    """MPI-INF-3DHP has joints but no SMPL parameters (stored as -1): these must not leak in."""
+    pred = torch.randn(2, 24, 3, 3)
+    junk, betas = -torch.ones(2, 24, 3, 3), -torch.ones(2, 10)
+    assert hmr.smpl_loss(pred, 0 * betas, junk, betas, torch.tensor([0.0, 0])) == 0
+    one = hmr.smpl_loss(pred, 0 * betas, junk, betas, torch.tensor([0.0, 1]))
+    close(one, hmr.smpl_loss(pred[1:], 0 * betas[1:], junk[1:], betas[1:], torch.ones(1)), 1e-6,
+          "an unlabelled sample must not even count in the denominator")
+
+
+# ============================================================================================
+# Sec. 3.3, Eqs. (7) and (8): the factorised adversary
+
+def test_there_are_25_discriminators():
+    D = Discriminator()
+    assert sum(p.numel() for p in D.parameters()) == 1_807_619
+    assert D(torch.randn(4, 23, 3, 3), torch.randn(4, 10)).shape == (4, 25)
+    with pytest.raises(ValueError, match="root left out"):
+        D(torch.randn(4, 24, 3, 3), torch.randn(4, 10))
+
+
+def test_the_23_joint_heads_are_23_separate_linears():
+    D = Discriminator()
+    heads = [nn.Linear(32, 1) for _ in range(23)]
+    with torch.no_grad():
+        for j, head in enumerate(heads):
+            head.weight.copy_(D.joint_weight[j:j + 1])
+            head.bias.copy_(D.joint_bias[j:j + 1])
+    R, betas = torch.randn(5, 23, 3, 3), torch.randn(5, 10)
+    embed = D.embed2(D.embed1(R.reshape(5, 23, 9)).relu()).relu()             # shared by all joints
+    expected = torch.cat([head(embed[:, j]) for j, head in enumerate(heads)], 1)
+    out = D(R, betas)
+    close(out[:, :23], expected, 1e-5, "a ReLU lost in the embedding (pytorch_HMR), or heads mixed?")
+    all_joints = D.all3(D.all2(D.all1(embed.reshape(5, 736)).relu()).relu())
+    shape = D.shape3(D.shape2(D.shape1(betas).relu()).relu())
+    close(out[:, 23:], torch.cat([all_joints, shape], 1), 1e-5, "the order is [joints | all | shape]")
+
+
+def test_each_discriminator_sees_only_its_own():
+    D = Discriminator()
+    R, betas = torch.randn(1, 23, 3, 3), torch.randn(1, 10)
+    before = D(R, betas)
+    R2 = R.clone()
+    R2[0, 7] += 1
+    moved = (D(R2, betas) != before)[0].nonzero()[:, 0].tolist()
+    assert set(moved) <= {7, 23} and 7 in moved, f"joint 7 moved outputs {moved}"
+    moved = (D(R, betas + 1) != before)[0].nonzero()[:, 0].tolist()
+    assert moved == [24], f"betas moved outputs {moved}"
+
+
+def test_adversarial_losses():
+    for value, encoder, both in ((0.0, 25.0, 25.0), (0.5, 6.25, 12.5), (1.0, 0.0, 25.0)):
+        scores = torch.full((6, 25), value)
+        close(hmr.encoder_adversarial_loss(scores), encoder, 1e-6, "sum over 25, mean over B*T")
+        close(hmr.discriminator_loss(scores, scores), both, 1e-6, "real -> 1, fake -> 0")
+    scores = torch.randn(4, 25).double().requires_grad_()
+    assert gradcheck(hmr.encoder_adversarial_loss, (scores,))
+    assert gradcheck(hmr.discriminator_loss, (scores.detach() + 1, scores))
+
+
+def test_gradients_do_not_leak_between_encoder_and_discriminators(monkeypatch, tmp_path):
+    """One real step of the loop, watched: what each backward leaves in E's and in D's .grad."""
+    watched, after = {}, []
+    build, backward = train.build, torch.Tensor.backward
+
+    def build_and_watch(*args):
+        model, D, lr = build(*args)
+        watched.update(E=model.regressor.fc3.weight, pixels=model.encoder.conv1.weight,
+                       D=D.all1.weight)
+        return model, D, lr
+
+    def backward_and_note(loss, *args, **kwargs):
+        backward(loss, *args, **kwargs)
+        after.append({k: None if p.grad is None else p.grad.clone() for k, p in watched.items()})
+    monkeypatch.setattr(train, "build", build_and_watch)
+    monkeypatch.setattr(torch.Tensor, "backward", backward_and_note)
+    monkeypatch.setattr(train, "finish", lambda *args: {})
+    train.train(tiny(tmp_path / "run", steps=1))
+    update_D, update_E = after
+    assert update_D["E"] is None and update_D["pixels"] is None, "D's loss reached E: detach fakes"
+    assert update_D["D"].abs().sum() > 0
+    assert update_E["E"].abs().sum() > 0 and update_E["pixels"].abs().sum() > 0
+    assert torch.equal(update_D["D"], update_E["D"]), "D must not learn from E's step"
+
+
+# ============================================================================================
+# Sec. 3.3 and 4: motion, pictures
+
+def tiny(out: Path, **changes) -> train.Config:
+    """A network and world small enough for tests; no GPU, whatever the machine has."""
+    settings = dict(depth=18, width=8, size=32, stem="light", batch=4, steps=6, look="plain",
+                    upright=True, pretrained="none", lr_scratch=1e-3, device="cpu", out=str(out),
+                    log_every=2, picture_every=100, save_every=100, eval_pictures=4, amp="off")
+    return train.Config(**{**settings, **changes})
+
+
+def test_mocap_is_split_by_clip():
+    assert data.MOCAP.stat().st_size <= 2 ** 20
+    with np.load(data.MOCAP, allow_pickle=False) as file:
+        clips = {name: file[name] for name in file.files}
+    assert len(clips) == 15 and sum(map(len, clips.values())) == 1620
+    assert all(c.shape[1:] == (72,) and np.isfinite(c).all() for c in clips.values())
+    assert len(data.load_mocap(False, False)) + len(data.load_mocap(False, True)) == 1620
+    for upright in (True, False):
+        seen, unseen = (data.load_mocap(upright, held_out) for held_out in (False, True))
+        distance = torch.cdist(unseen[:, 1:].flatten(1), seen[:, 1:].flatten(1)).min()
+        assert distance > 1e-3, "a held-out frame is in the training set"
+
+
+def test_motion_bends_limbs_the_right_way():
+    frames = data.load_mocap(upright=False, held_out=False)
+    knees = frames[:, [JOINT_NAMES.index("left_knee"), JOINT_NAMES.index("right_knee")], 0]
+    assert knees.mean() > 0.3 and knees.min() > -0.3, "heels go back: a positive turn about x"
+    std = frames[:, 1:].flatten(0, 0).std(0).norm(dim=-1)
+    assert std.min() > 0.03, f"{JOINT_NAMES[1 + int(std.argmin())]} is constant: D would spot it"
+
+
+def test_a_mirrored_pose_is_the_mirrored_body():
+    """M R(r) M = R(r * (1, -1, -1)), sides swapped, the root included."""
+    offsets = torch.randn(1, 24, 3).double()
+    M = torch.diag(torch.tensor([-1.0, 1, 1])).double()
+    symmetric = (offsets + offsets[:, FLIP_JOINTS] @ M) / 2
+    pose = torch.randn(1, 24, 3).double()
+    joints, _ = batch_rigid_transform(batch_rodrigues(pose), symmetric, PARENTS)
+    mirrored, _ = batch_rigid_transform(batch_rodrigues(data.mirror_pose(pose)), symmetric, PARENTS)
+    close(mirrored, joints[:, FLIP_JOINTS] @ M, 1e-12, "swap sides AND flip y, z of every axis-angle")
+
+
+def test_pictures_and_the_pool_draw_from_one_distribution():
+    frames = data.load_mocap(True, False)
+    world = data.SyntheticPeople(SMPL(), frames, 512, 4, labels="all")
+    pool, betas = world.motion(512, step=0)
+    batch = world.batch(0)
+    assert not torch.equal(pool, batch.rotmats[:, 1:]), "the draws must be independent"
+    # 512 draws: the mean of an element with standard deviation <= 0.7 is within 0.03, 4 sigma
+    close(pool.mean(0), batch.rotmats[:, 1:].mean(0), 0.18, "else D learns to reject true labels")
+    close(betas.std(0), batch.betas.std(0), 0.25, "betas too")
+
+
+def plane(corners, z) -> Tensor:
+    return torch.tensor([[*c, z] for c in corners], dtype=torch.float32)
+
+
+def test_the_renderer_samples_pixel_centres():
+    """A triangle against the definition: a pixel is covered if its centre is inside."""
+    size = 16
+    triangle = plane([(-0.9, -0.7), (-0.3, 0.8), (0.75, 0.1)], 1.0)[None]         # facing us
+    face = data.rasterize(triangle, torch.tensor([[0, 1, 2]]), size)[0]
+    (ax, ay), (bx, by), (cx, cy) = ((triangle[0, :, :2] + 1) * size / 2).tolist()
+    for row in range(size):
+        for col in range(size):
+            x, y = col + 0.5, row + 0.5
+            edges = [(qx - px) * (y - py) - (qy - py) * (x - px) for px, py, qx, qy in
+                     ((ax, ay, bx, by), (bx, by, cx, cy), (cx, cy, ax, ay))]
+            assert (face[row, col] == 0) == (max(edges) <= 0), f"pixel {row}, {col}"
+    assert (data.rasterize(triangle, torch.tensor([[0, 2, 1]]), size) < 0).all(), "a back face"
+
+
+def test_the_nearer_triangle_wins_and_nothing_is_drawn_outside():
+    square = [(-2, -2), (-2, 2), (2, 2), (2, -2)]
+    points = torch.cat([plane(square, 2.0), plane([(0, -2), (0, 2), (2, 2), (2, -2)], -1.0)])[None]
+    faces = torch.tensor([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]])
+    face = data.rasterize(points, faces, 8)[0]
+    assert (face[:, :4] < 2).all() and (face[:, 4:] >= 2).all(), "z is AWAY from the camera"
+    assert (face >= 0).all(), "a crack between two triangles"
+    assert (data.rasterize(points + torch.tensor([9.0, 0, 0]), faces, 8) < 0).all()
+
+
+def test_rendering_uses_exactly_the_camera_of_the_loss(body):
+    """The picture's silhouette must hold the projected vertices, and only them."""
+    frames = data.load_mocap(True, False)
+    batch = data.SyntheticPeople(body, frames, 8, 16, labels="all").batch(3)
+    out = body(batch.betas, batch.rotmats)
+    points = torch.cat([hmr.project(out.vertices, batch.cam), out.vertices[..., 2:]], -1)
+    mask = data.rasterize(points, body.faces, 256) >= 0
+    for b in range(8):
+        rows, cols = mask[b].nonzero().unbind(1)
+        xy = (points[b, :, :2] + 1) * 128
+        # a fingertip may pass between the centres of two pixels
+        close(cols.min() + 0.5, xy[:, 0].min(), 2.5, "left edge: tx, or x mirrored?")
+        close(rows.max() + 0.5, xy[:, 1].max(), 2.5, "bottom edge: ty, or y upwards?")
+    close(batch.keypoints2d, hmr.project(out.keypoints, batch.cam), 0, "labels and picture differ")
+
+
+def test_mirroring_is_exactly_x_to_minus_x(body):
+    v = torch.randn(1, 30, 3) * torch.tensor([0.5, 0.5, 0.1])
+    f = torch.randint(30, (40, 3), generator=torch.Generator().manual_seed(0))
+    cam, mirrored = torch.tensor([[1.0, 0, 0]]), v * torch.tensor([-1.0, 1, 1])
+    a = data.rasterize(v, f, 32) >= 0
+    b = data.rasterize(mirrored, f[:, [0, 2, 1]], 32) >= 0            # mirroring turns faces round
+    # a centre exactly on an edge may round differently
+    assert (a != b.flip(-1)).sum() <= 2, "pixel i must be sampled at i + 0.5"
+
+
+def test_flipping_a_batch_flips_every_label(body):
+    batch = data.SyntheticPeople(body, data.load_mocap(True, False), 4, 16, labels="all").batch(0)
+    flipped = data.flip_batch(batch)
+    M = torch.tensor([-1.0, 1, 1])
+    left, right = KEYPOINT_NAMES.index("left_wrist"), KEYPOINT_NAMES.index("right_wrist")
+    close(flipped.keypoints3d[:, left], batch.keypoints3d[:, right] * M, 0, "left becomes right")
+    close(hmr.project(flipped.keypoints3d, flipped.cam), flipped.keypoints2d, 1e-5,
+          "2D, 3D and camera must still agree: x -> -x everywhere, tx too")
+    pose = torch.tensor(Rotation.from_matrix(batch.rotmats.flatten(0, 1).numpy()).as_rotvec())
+    expected = batch_rodrigues(data.mirror_pose(pose.view(4, 24, 3)).float())
+    close(flipped.rotmats, expected, 1e-5, "matrices and axis-angles must flip alike")
+    again = data.flip_batch(flipped)
+    assert all(torch.equal(x, y) for x, y in zip(again, batch)), "twice is the identity"
+
+
+def test_a_batch_is_a_function_of_seed_step_and_rank(body):
+    frames = data.load_mocap(True, False)
+    make = lambda **k: data.SyntheticPeople(body, frames, 6, 16, look="hard", **k)
+    world = make(seed=1)
+    later = world.batch(5)
+    assert all(torch.equal(x, y) for x, y in zip(make(seed=1).batch(5), later)), "must repeat"
+    for other in (world.batch(6), make(seed=2).batch(5), make(seed=1, rank=1).batch(5)):
+        assert not torch.equal(other.image, later.image), "must differ"
+
+
+def test_a_batch_is_labelled_as_the_paper_says(body):
+    batch = data.SyntheticPeople(body, data.load_mocap(True, False), 64, 16).batch(0)
+    assert batch.image.shape == (64, 3, 16, 16) and 0 <= batch.image.min() <= batch.image.max() <= 1
+    assert batch.has_3d.mean() == 0.5, "half of every batch is 2D only"
+    assert 0.87 < batch.visible.mean() < 0.93, "a tenth is unlabelled"
+    blind = batch.has_3d == 0
+    assert (batch.rotmats[blind] == 0).all() and (batch.keypoints3d[blind] == 0).all()
+    assert (batch.keypoints2d[batch.visible == 0] == 0).all()
+    center = batch.keypoints2d[batch.has_3d > 0]
+    assert center.abs().max() < 1.2, "the crop holds the person"
+    heading = batch.rotmats[~blind][:, 0, :, 2]                       # where the chest points
+    assert (heading[:, 2] > 0.5).any() and (heading[:, 2] < -0.5).any(), "all headings"
+    up = -batch.rotmats[~blind][:, 0, 1, 1]
+    assert up.median() > 0.8, "people stand upright in a camera whose y points down"
+
+
+def test_the_evaluation_pictures_are_the_same_for_every_seed(body):
+    a, b = (train.evaluation_pictures(tiny(Path("x"), seed=s), body, torch.device("cpu"))
+            for s in (0, 7))
+    assert torch.equal(a[0].image, b[0].image) and a[0].visible.min() == 1
+
+
+def test_cropping_keeps_picture_and_points_together():
+    image = torch.zeros(3, 90, 120)
+    keypoints = torch.zeros(19, 2)
+    visible = torch.zeros(19)
+    for k, (x, y) in enumerate([(30, 20), (60, 70), (45, 50)]):
+        image[:, y - 2:y + 3, x - 2:x + 3] = 1                        # centred on x + .5, y + .5
+        keypoints[k], visible[k] = torch.tensor([x + 0.5, y + 0.5]), 1
+    for kwargs in ({}, dict(shift=(15, -20)), dict(zoom=1.2), dict(zoom=0.8, shift=(-20, 20))):
+        crop, points = data.crop_person(image, keypoints, visible, 224, **kwargs)
+        assert crop.shape == (3, 224, 224)
+        for x, y in ((points[:3] + 1) * 112).tolist():
+            assert crop[0, int(y), int(x)] > 0.9, f"{kwargs}: a keypoint left its spot"
+    crop, points = data.crop_person(image, keypoints, visible)
+    seen = points[:3] * 112
+    close((seen.amax(0) - seen.amin(0)).norm(), 150.0, 1.5, "the box's diagonal is 150 px of 224")
+    assert (points[3:] == 0).all(), "unlabelled points are zeroed"
+    with pytest.raises(ValueError, match="at least 2"):
+        data.crop_person(image, keypoints, visible * 0)
+
+
+def test_the_jitter_shifts_in_crop_pixels():
+    image, visible = torch.zeros(3, 90, 120), torch.zeros(19)
+    visible[:2] = 1
+    keypoints = torch.zeros(19, 2)
+    keypoints[0], keypoints[1] = torch.tensor([30.0, 20]), torch.tensor([60.0, 70])
+    still, moved = (data.crop_person(image, keypoints, visible, shift=s)[1][0] for s in
+                    ((0, 0), (10, 0)))
+    close((still - moved) * 112, torch.tensor([10.0, 0]), 1.01, "within rounding to a pixel")
+
+
+# ============================================================================================
+# Sec. 4.1: the measures
+
+@pytest.mark.parametrize("B, N", [(1, 14), (2, 14), (3, 14), (3, 3), (1, 3), (2, 24)])
+def test_procrustes_undoes_any_similarity(B, N):
+    target = torch.randn(B, N, 3).double()
+    R = torch.from_numpy(Rotation.random(B, random_state=1).as_matrix())
+    scale, shift = torch.rand(B, 1, 1).double() + 0.5, torch.randn(B, 1, 3).double()
+    source = scale * target @ R.mT + shift
+    close(train.compute_similarity_transform(source, target), target, 1e-10,
+          f"B = {B}, N = {N}: each body has its own scale, rotation and shift")
+
+
+def test_procrustes_does_not_reflect_and_is_the_best():
+    target = torch.randn(3, 14, 3).double()
+    mirrored = target * torch.tensor([-1.0, 1, 1])
+    aligned = train.compute_similarity_transform(mirrored, target)
+    assert (aligned - target).norm(dim=-1).mean() > 0.1, "a mirrored body is wrong: det must be +1"
+    best = (aligned - target).square().sum((1, 2))
+    for _ in range(20):                                               # no small change is better
+        R = torch.from_numpy(Rotation.from_rotvec(0.05 * np.random.default_rng(_).normal(
+            size=3)).as_matrix())
+        moved = aligned.mean(1, keepdim=True) + (aligned - aligned.mean(1, keepdim=True)) @ R.mT
+        assert ((moved - target).square().sum((1, 2)) >= best - 1e-9).all(), "not least squares"
+
+
+def test_the_measures_on_a_known_error(body):
+    batch = data.SyntheticPeople(body, data.load_mocap(True, True), 3, 8, labels="all").batch(0)
+    out = body(batch.betas, batch.rotmats)
+    true = hmr.HMROutput(batch.rotmats, batch.betas, batch.cam, out.joints, out.keypoints,
+                         batch.keypoints2d, out.vertices)
+    moved = true._replace(keypoints3d=true.keypoints3d + 5, vertices=true.vertices + 5,
+                          keypoints2d=true.keypoints2d + torch.tensor([0.03, 0.04]))
+    result = train.summarize([train.pose_errors(moved, true)])
+    close(result["mpjpe"], 0.0, 1e-2, "both bodies are centred at their own hips")
+    close(result["pve"], 0.0, 1e-2, "vertices too")
+    close(result["px"], 5.6, 1e-3, "0.05 of [-1, 1] is 5.6 pixels of 224")
+    result = train.summarize([train.pose_errors(true, true)])
+    assert result["pck"] == 100 and result["auc"] == 100 and result["px"] == 0
+    wrist = true.keypoints3d.clone()
+    wrist[:, 6, 0] += 0.16                                            # one of 14 joints by 160 mm
+    result = train.summarize([train.pose_errors(true._replace(keypoints3d=wrist), true)])
+    close(result["mpjpe"], 160 / 14, 1e-3, "mean over 14 joints")
+    close(result["pck"], 100 * 13 / 14, 1e-3, "160 mm is beyond 150")
+    close(result["auc"], 100 * 13 / 14, 1e-3, "and beyond every threshold from 0 to 150")
+
+
+# ============================================================================================
+# Sec. 3.4: training
+
+def test_one_batch_overfits(tmp_path):
+    """Before anything about data: can the network learn one batch by heart?"""
+    config = tiny(tmp_path / "run", steps=120, width=16, overfit=True, dropout=0.0,
+                  weight_adv=0.0, log_every=10)
+    train.train(config)
+    rows = (tmp_path / "run" / "log.csv").read_text().split()
+    first, last = (dict(zip(rows[0].split(","), map(float, r.split(",")))) for r in
+                   (rows[1], rows[-1]))
+    assert last["L_kp"] < 0.25 * first["L_kp"] and last["L_smpl"] < 0.4 * first["L_smpl"], \
+        f"from {first} to {last}: gradients do not reach what they should"
+
+
+def weights_of(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_resuming_is_bit_identical(tmp_path, monkeypatch, capsys):
+    arguments = ["--depth", "18", "--width", "8", "--size", "32", "--batch", "4", "--steps", "6",
+                 "--look", "plain", "--pretrained", "none", "--device", "cpu", "--log-every", "2",
+                 "--eval-pictures", "4", "--schedule", "onecycle"]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert train.main([*arguments, "--out", whole]) == 0
+    batch = data.SyntheticPeople.batch
+
+    def press_ctrl_c(world, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return batch(world, step)
+    monkeypatch.setattr(data.SyntheticPeople, "batch", press_ctrl_c)
+    assert train.main([*arguments, "--out", parts]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert weights_of(tmp_path / "parts")["step"] == 4, "the step under way is finished first"
+    monkeypatch.setattr(data.SyntheticPeople, "batch", batch)
+    assert train.main(["--resume", "--out", parts]) == 0
+    a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    for key in ("model", "discriminator", "opt_E", "opt_D", "rng", "step"):
+        assert same(a[key], b[key]), f"{key} differs after resuming (dropout's RNG? Adam's state?)"
+    logs = [[r.split(",")[:10] for r in (tmp_path / f / "log.csv").read_text().split()]
+            for f in ("whole", "parts")]
+    assert logs[0] == logs[1], "the log must go on where it stopped"
+    assert not list(tmp_path.glob("*/.*")), "temporary files left behind"
+
+
+def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys):
+    out = tmp_path / "run"
+    (out).mkdir()
+    (out / "log.csv").write_text("mine")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    small = ["--small", "--device", "cpu"]
+    for arguments, sentence in [
+            ([*small, "--out", str(out)], "--resume"),
+            ([*small, "--resume", "--out", str(tmp_path / "no")], "no such file"),
+            (["--eval", str(tmp_path / "junk.pt")], "not a readable checkpoint"),
+            (["--eval", str(tmp_path / "other.pt")], "lacks"),
+            ([*small, "--batch", "0", "--out", str(tmp_path / "x")], "--batch"),
+            ([*small, "--dropout", "1.5", "--out", str(tmp_path / "x")], "--dropout"),
+            ([*small, "--smpl", "absent.pkl", "--out", str(tmp_path / "y")], "absent.pkl"),
+            ([*small, "--pretrained", str(tmp_path / "other.pt"), "--out", str(tmp_path / "z")],
+             "--pretrained")]:
+        assert train.main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert sentence in error and "Traceback" not in error and error.count("\n") == 1, error
+    assert (out / "log.csv").read_text() == "mine"
+    for arguments in (["--smal"], ["--lr", "fast"], ["--depth", "19"], ["--look", "nice"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+        assert stop.value.code == 2
+
+
+def test_the_learning_rate_rises_and_anneals():
+    config = train.Config(schedule="onecycle", steps=100)
+    rates = [train.learning_rate(s, config) for s in range(100)]
+    assert 0 < rates[0] < 0.2 and max(rates) == rates[10] == 1 and 0 < rates[-1] < 0.01
+    assert train.learning_rate(7, train.Config()) == 1, "the official recipe has no schedule"
+
+
+def test_the_defaults_are_the_official_recipe():
+    c = train.Config()
+    assert (c.depth, c.size, c.batch, c.lr, c.lr_d, c.iterations) == (50, 224, 64, 1e-5, 1e-4, 3)
+    assert (c.weight_kp, c.weight_joints, c.weight_smpl, c.weight_adv) == (60, 60, 60, 1)
+    assert (c.dropout, c.schedule, c.rotation) == (0.5, "constant", "axis-angle")
+
+
+def test_importing_runs_nothing(tmp_path, monkeypatch):
+    import subprocess
+    code = "import sys; sys.argv = ['x', '--nonsense']; import smpl, hmr, data, train"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stderr
+
+
+# ============================================================================================
+# The README's commands, in a short form
+
+def readme_commands() -> list[str]:
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python ")]
+
+
+def test_readmes_commands_run(tmp_path, monkeypatch):
+    commands = readme_commands()
+    for script in ("smpl.py", "hmr.py", "data.py", "train.py --small"):
+        assert any(script in c for c in commands), f"README must show {script}"
+    monkeypatch.chdir(tmp_path)
+    mains = {"smpl.py": smpl_module.main, "hmr.py": hmr.main, "data.py": data.main}
+    checkpoint = None
+    for command in dict.fromkeys(commands):
+        _, script, *arguments = shlex.split(command)
+        if any(word in command for word in ("FILE", "hmr.py", "make_assets")):
+            continue                           # needs licensed data, is slow, or needs extras
+        if script in mains:
+            assert mains[script](arguments) == 0, command
+            continue
+        short = ["--device", "cpu", "--steps", "2", "--batch", "2", "--eval-pictures", "2"]
+        if "--small" not in command:
+            short += ["--size", "32", "--depth", "18", "--width", "8", "--pretrained", "none"]
+        if "--eval" in command:
+            arguments, short = ["--eval", "runs/small/checkpoint.pt"], []
+        if "--resume" in command:
+            short = ["--steps", "3"]
+        if "--overfit" in command:
+            short += ["--out", "runs/overfit"]
+        assert train.main([*arguments, *short]) == 0, command
+    metrics = json.loads((tmp_path / "runs/small/metrics.json").read_text())
+    keys = {"mpjpe", "pa_mpjpe", "pve", "pck", "auc", "px"}
+    assert keys | {"per_iteration", "baseline", "seconds", "images", "device", "seed",
+                   "config"} == set(metrics)
+    assert set(metrics["baseline"]) == keys and len(metrics["per_iteration"]) == 3
+    assert (tmp_path / "runs/small/picture.png").is_file()

@@ -1,0 +1,558 @@
+"""Train HMR: the straight loop, its hyperparameters, and the measures at the end.
+
+Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
+
+    python train.py --small --overfit --steps 100   # a minute on a laptop: one batch, does it learn?
+    python train.py --small                         # minutes on a GPU, under 20 on two CPU cores
+    python train.py --eval runs/small/checkpoint.pt # the table again
+    python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
+    python train.py --resume --out runs/small       # go on after Ctrl-C
+
+Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14 = LSP)   V vertices
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+from data import Batch, SyntheticPeople, load_mocap, look_at, save_png
+from hmr import (HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
+                 encoder_adversarial_loss, joints3d_loss, keypoint_loss, pose_to_rotmats,
+                 smpl_loss, split_theta)
+from smpl import SMPL, write_atomically
+
+# --------------------------------------------------------------------------------------------
+# 1. Hyperparameters.  The defaults are the official do_train.sh; its flags' own defaults differ.
+
+
+def option(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    # the network
+    depth: int = option(50, "layers of the ResNet (Sec. 3.4: 50)", (18, 34, 50, 101, 152))
+    width: int = option(64, "channels of its first stage (slides: 64)")
+    stem: str = option("imagenet", "light: 3x3 for small pictures (ours)", ("imagenet", "light"))
+    plain: bool = option(False, "no shortcuts (slides: the degradation problem)")
+    iterations: int = option(3, "T of the iterative regressor (Sec. 3.4: 3)")
+    dropout: float = option(0.5, "in the regressor (official code: 0.5 after both hidden layers)")
+    rotation: str = option("axis-angle", "6d: the regressor's rotations as SPIN has them",
+                           ("axis-angle", "6d"))
+    pretrained: str = option("imagenet", "encoder's weights: imagenet, none, or a state-dict FILE")
+    # the world
+    smpl: str = option("", "body FILE, .npz or official .pkl (default: the open body)")
+    size: int = option(224, "side of the crop, pixels (Sec. 3.4: 224)")
+    look: str = option("hard", "how people and backgrounds look (ours)", ("plain", "hard"))
+    upright: bool = option(False, "only the clips in which people stay on their feet (ours)")
+    paired: bool = option(True, "half of each batch has 3D labels (Sec. 3.4); no: all 2D only")
+    # the losses; they only mean something with hmr.py's denominators
+    weight_kp: float = option(60.0, "of L_reproj (do_train.sh: 60; the paper's lambda)")
+    weight_joints: float = option(60.0, "of L_joints (do_train.sh: e_3d_weight 60)")
+    weight_smpl: float = option(60.0, "of L_smpl (do_train.sh: e_3d_weight 60)")
+    weight_adv: float = option(1.0, "of L_adv (do_train.sh: 1; Eq. (1))")
+    # the optimisation; no weight decay: the official flags register one that no loss ever reads
+    batch: int = option(64, "pictures a step (Sec. 3.4: 64)")
+    steps: int = option(667_589, "optimiser steps (do_train.sh: 75 epochs of 569,753 / 64)")
+    lr: float = option(1e-5, "of encoder and regressor, Adam (Sec. 3.4)")
+    lr_scratch: float = option(1e-4, "instead of lr when there are no ImageNet weights (ours)")
+    lr_d: float = option(1e-4, "of the discriminators, Adam: ten times E's (Sec. 3.4)")
+    schedule: str = option("constant", "onecycle: warm up, then anneal to 0 (ours)",
+                           ("constant", "onecycle"))
+    amp: str = option("auto", "bf16 in the encoder: where the hardware has it natively, or never",
+                      ("auto", "off"))
+    overfit: bool = option(False, "train on ONE batch: its losses must fall towards 0")
+    # the run
+    seed: int = option(0, "of initialisation and training pictures; not of the evaluation's")
+    device: str = option("auto", "cuda where there is one", ("auto", "cpu", "cuda"))
+    out: str = option("", "folder of the run (default: runs/small or runs/full)")
+    log_every: int = option(50, "steps a log line; its numbers are means over them")
+    picture_every: int = option(500, "steps between pictures")
+    save_every: int = option(500, "steps between checkpoints")
+    eval_pictures: int = option(512, "pictures of held-out motion at the end")
+
+
+# --small: printed as a diff from the above.
+SMALL = dict(depth=18, width=32, size=64, look="plain", upright=True, dropout=0.0,
+             pretrained="none", lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", steps=12_000)
+SMALL_CPU = dict(steps=3_000)      # without a GPU
+
+
+# --------------------------------------------------------------------------------------------
+# 2. The measures (Sec. 4.1), on the 14 LSP keypoints
+
+def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
+    """Procrustes: source (B, N, 3) moved onto target (B, N, 3) by a scale, rotation and shift.
+
+    Each body by its own transform.  The rotation is proper (det = +1): a mirrored body must not
+    be excused.  Right for any B and N >= 3, B = N = 3 included (implementations that guess which
+    axis holds the coordinates transpose that one).
+    """
+    mu_s, mu_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)       # (B, 1, 3)
+    s, t = source - mu_s, target - mu_t
+    U, S, Vh = torch.linalg.svd(t.mT @ s)                             # (B, 3, 3), (B, 3), (B, 3, 3)
+    sign = torch.ones_like(S)
+    sign[:, 2] = torch.linalg.det(U @ Vh).sign()                      # undo a reflection
+    R = U @ (sign[..., None] * Vh)                                    # (B, 3, 3)
+    scale = (S * sign).sum(1) / s.square().sum((1, 2)).clamp(min=1e-12)           # (B,)
+    return scale[:, None, None] * s @ R.mT + mu_t                     # (B, N, 3)
+
+
+def pose_errors(pred, true) -> dict[str, Tensor]:
+    """Per-picture errors of one decoded prediction against the truth (HMROutputs with vertices).
+
+    mpjpe (B, 14), pa_mpjpe (B, 14), pve (B, V) in mm; px (B, 19) in pixels of a 224 crop.
+    MPJPE and PVE after moving both bodies' hip midpoints to the origin (official code).
+    """
+    p, t = center_hips(pred.keypoints3d), center_hips(true.keypoints3d)           # (B, 19, 3)
+    hips_p = pred.keypoints3d[:, :1] - p[:, :1]                       # (B, 1, 3)
+    hips_t = true.keypoints3d[:, :1] - t[:, :1]
+    p, t = p[:, :LSP], t[:, :LSP]                                     # (B, 14, 3)
+    vertex = (pred.vertices - hips_p) - (true.vertices - hips_t)      # (B, V, 3)
+    return {"mpjpe": 1000 * (p - t).norm(dim=-1),
+            "pa_mpjpe": 1000 * (compute_similarity_transform(p, t) - t).norm(dim=-1),
+            "pve": 1000 * vertex.norm(dim=-1),
+            "px": 112 * (pred.keypoints2d - true.keypoints2d).norm(dim=-1)}
+
+
+def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Batches of pose_errors -> means, and PCK@150 mm and AUC (0 to 150 mm step 5) of MPJPE."""
+    all_errors = {key: torch.cat([e[key] for e in errors]) for key in errors[0]}
+    result = {key: value.mean().item() for key, value in all_errors.items()}
+    mpjpe = all_errors["mpjpe"]
+    result["pck"] = 100 * (mpjpe <= 150).double().mean().item()
+    thresholds = torch.arange(0, 151, 5, device=mpjpe.device)         # (31,)
+    result["auc"] = 100 * (mpjpe[..., None] <= thresholds).double().mean().item()
+    return result
+
+
+def evaluation_pictures(config: Config, smpl: SMPL, device) -> list[Batch]:
+    """The test set: unmixed frames of the held-out clips, the same whatever --seed says."""
+    size = min(64, config.eval_pictures)
+    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=True), size, config.size,
+                            config.look, seed=2018, labels="all", mix=False, device=device,
+                            rng_device="cpu")
+    return [world.batch(step) for step in range(math.ceil(config.eval_pictures / size))]
+
+
+def mean_camera(config: Config, smpl: SMPL, device) -> Tensor:
+    """What a network that never looks would guess: the training world's mean camera (1, 3)."""
+    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), 512, size=2,
+                            seed=2018, device=device, rng_device="cpu")
+    return torch.cat([world.batch(step).cam for step in range(4)]).mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def evaluate(model: HMR, config: Config, device) -> dict:
+    """All measures on the held-out clips: of each IEF iteration, and of Theta-bar (the baseline)."""
+    model.eval()                  # batch norm uses its running statistics, dropout is off
+    theta_bar = model.regressor.theta_bar.clone()                     # (1, 85)
+    theta_bar[:, :3] = mean_camera(config, model.smpl, device)
+    errors = [[] for _ in range(config.iterations + 1)]
+    for batch in evaluation_pictures(config, model.smpl, device):
+        body = model.smpl(batch.betas, batch.rotmats)
+        true = HMROutput(batch.rotmats, batch.betas, batch.cam, body.joints, body.keypoints,
+                         batch.keypoints2d, body.vertices)
+        thetas, _ = model(batch.image)
+        for t, theta in enumerate([theta_bar.expand(len(batch.image), -1), *thetas]):
+            errors[t].append(pose_errors(model.decode(theta, vertices=True), true))
+    baseline, *per_iteration = [summarize(e) for e in errors]
+    return {**per_iteration[-1], "per_iteration": per_iteration, "baseline": baseline}
+
+
+# --------------------------------------------------------------------------------------------
+# 3. The training loop
+
+def learning_rate(step: int, config: Config) -> float:
+    """Factor on both learning rates: 1, or one cycle (a linear rise, then a cosine to 0)."""
+    if config.schedule == "constant":
+        return 1.0
+    rise = 0.1 * config.steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (config.steps - rise))
+
+
+def train(config: Config, resume: bool = False) -> dict:
+    """Train, evaluate, write everything to config.out; return what metrics.json holds.
+
+    Raises ValueError (a folder that holds a run, no run to resume, a bad file) and
+    KeyboardInterrupt after saving.
+    """
+    out, device = Path(config.out), torch.device(config.device)
+    checkpoint = open_run(out, config, resume)
+    torch.manual_seed(config.seed)                                    # initialisation and dropout
+    smpl = SMPL(config.smpl or None).to(device)
+    model, D, lr = build(config, smpl)
+    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch,
+                            config.size, config.look, config.seed, device=device,
+                            labels="half" if config.paired else "2d")
+    # Adam with its usual betas; "fused" is the same arithmetic in one kernel.
+    opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
+    state = {"model": model, "discriminator": D, "opt_E": opt_E, "opt_D": opt_D}
+    start, seconds = load_state(checkpoint, state) if checkpoint else (0, 0.0)
+    log = Log(out / "log.csv", config, start, seconds)
+    show = evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl, device)[0]
+    model.train(), D.train()
+    with finish_the_step_first() as stopping:                         # on Ctrl-C
+        for step in range(start, config.steps):
+            for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
+                optimizer.param_groups[0]["lr"] = rate * learning_rate(step, config)
+            batch = world.batch(0 if config.overfit else step)
+            image = batch.image.contiguous(memory_format=torch.channels_last)
+            thetas, pred = model(image)                               # T x (B, 85), decoded Theta_T
+            # All T iterations face the adversary, Theta_0 does not.
+            _, pose, betas = split_theta(torch.cat(thetas))           # (N, 72), (N, 10); N = B * T
+            rotmats = pose_to_rotmats(pose)[:, 1:]                    # (N, 23, 3, 3) without root
+
+            # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]    Eq. (8) --
+            real_rotmats, real_betas = world.motion(len(rotmats), step)    # as many real as fake
+            real = D(real_rotmats, real_betas)                        # (N, 25)
+            fake = D(rotmats.detach(), betas.detach())                # (N, 25) nothing reaches E
+            loss_D = discriminator_loss(real, fake)
+            opt_D.zero_grad()
+            loss_D.backward()
+            opt_D.step()
+
+            # ---- (2) update E:  min_E  lambda (L_reproj + 1 L_3D) + L_adv              Eq. (1) --
+            L_kp = keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
+            L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
+            L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas,
+                               batch.has_smpl)
+            D.requires_grad_(False)              # D judges, but does not learn from this step
+            L_adv = encoder_adversarial_loss(D(rotmats, betas))
+            D.requires_grad_(True)
+            L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl      # Eq. (4)
+            loss_E = config.weight_kp * L_kp + L_3d + config.weight_adv * L_adv       # Eq. (1)
+            opt_E.zero_grad()
+            loss_E.backward()
+            opt_E.step()
+
+            log.add(step, [loss_E, L_kp, L_joints, L_smpl, L_adv, loss_D, real.mean(),
+                           fake.mean(), betas.abs().mean()])
+            if (step + 1) % config.picture_every == 0:
+                save_png(out / "pictures" / f"step_{step + 1:06d}.png", look(model, show))
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
+                save_state(out, config, state, step + 1, log.seconds())
+            if stopping:
+                raise KeyboardInterrupt(out)
+    return finish(out, config, model, show, log)
+
+
+# ============================================================================================
+# Not needed to understand HMR: building, files, the log, the command line.
+
+@contextlib.contextmanager
+def finish_the_step_first():
+    """Ctrl-C fills the list that this yields, so that a step is never left half done."""
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():     # signals belong to the main
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def build(config: Config, smpl: SMPL) -> tuple[HMR, Discriminator, float]:
+    """-> model and discriminators on the device of `smpl`, and E's learning rate."""
+    device = smpl.v_template.device
+    amp = torch.bfloat16 if config.amp == "auto" and native_bf16(device) else None
+    model = HMR(smpl, config.depth, config.iterations, config.width, config.stem, config.plain,
+                config.dropout, config.rotation, amp)
+    loaded = load_pretrained(model.encoder, config)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    return model, Discriminator().to(device), config.lr if loaded else config.lr_scratch
+
+
+def native_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def load_pretrained(encoder: torch.nn.Module, config: Config) -> bool:
+    """Put ImageNet (or a FILE's) weights into the encoder; False, with a word, if there are none."""
+    if config.pretrained == "none":
+        return False
+    if config.pretrained == "imagenet":
+        try:
+            weights = torchvision.models.get_model_weights(f"resnet{config.depth}").DEFAULT
+            weights = weights.get_state_dict(progress=False, check_hash=True)
+        except Exception as error:
+            print(f"no ImageNet weights ({type(error).__name__}: no network?); training from "
+                  f"scratch with lr {config.lr_scratch:g} instead of {config.lr:g}")
+            return False
+    else:
+        weights = load_file(Path(config.pretrained), "--pretrained")
+    weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}       # the classifier
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"--pretrained {config.pretrained}: not the weights of a ResNet-"
+                         f"{config.depth} of width {config.width}, stem {config.stem}: "
+                         f"{str(error).splitlines()[1].strip()}") from None
+    return True
+
+
+def load_file(path: Path, option: str) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{option} {path}: no such file; expected a checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{option} {path}: not a readable checkpoint "
+                         f"({type(error).__name__}); it may be truncated or of another "
+                         f"program") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{option} {path}: expected a dict of tensors, found "
+                         f"{type(content).__name__}")
+    return content
+
+
+def open_run(out: Path, config: Config, resume: bool) -> dict | None:
+    """Start a folder, never over another run; or -> the checkpoint to resume from."""
+    path = out / "checkpoint.pt"
+    if resume:
+        return load_checkpoint(path, "--resume")
+    if (out / "log.csv").exists() or path.exists():
+        raise ValueError(f"--out {out}: holds a run already; go on with it by --resume --out {out}"
+                         f", or name another folder")
+    write_atomically(out / "config.json",
+                     json.dumps(dataclasses.asdict(config), indent=1).encode())
+    return None
+
+
+def load_checkpoint(path: Path, option: str) -> dict:
+    checkpoint = load_file(path, option)
+    missing = {"model", "discriminator", "config", "step", "body"} - set(checkpoint)
+    if missing:
+        raise ValueError(f"{option} {path}: lacks {', '.join(sorted(missing))}; expected a "
+                         f"checkpoint written by train.py")
+    unknown = set(checkpoint["config"]) - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"{option} {path}: holds the unknown settings {', '.join(unknown)}; it was "
+                         f"written by another version of train.py")
+    return checkpoint
+
+
+def save_state(out: Path, config: Config, state: dict, step: int, seconds: float) -> None:
+    """checkpoint.pt: everything a bit-identical continuation needs.  The body only by its hash."""
+    smpl, rng = state["model"].smpl, {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    content = {name: part.state_dict() for name, part in state.items()}
+    content |= {"step": step, "seconds": seconds, "rng": rng, "config": dataclasses.asdict(config),
+                "body": [smpl.name, smpl.sha256]}
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_atomically(out / "checkpoint.pt", file.getvalue())
+
+
+def load_state(checkpoint: dict, state: dict) -> tuple[int, float]:
+    """Fill model, discriminators and optimisers -> (step, seconds) reached."""
+    check_body(checkpoint, state["model"].smpl)
+    for name, part in state.items():
+        part.load_state_dict(checkpoint[name])
+    torch.set_rng_state(checkpoint["rng"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in checkpoint["rng"]:
+        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+    return checkpoint["step"], checkpoint["seconds"]
+
+
+def check_body(checkpoint: dict, smpl: SMPL) -> None:
+    name, sha256 = checkpoint["body"]
+    if sha256 != smpl.sha256:
+        raise ValueError(f"--smpl: the checkpoint was trained with {name} (sha256 {sha256[:12]}), "
+                         f"this is {smpl.name} ({smpl.sha256[:12]}); name the same file")
+
+
+class Log:
+    """One fixed-width line, and one row of log.csv, for every `log_every` steps: their means."""
+    COLUMNS = ("step", "loss_E", "L_kp", "L_joints", "L_smpl", "L_adv", "loss_D", "D_real",
+               "D_fake", "abs_beta", "img/s", "left")
+
+    def __init__(self, path: Path, config: Config, start: int, seconds: float):
+        self.path, self.config, self.start, self.before = path, config, start, seconds
+        self.values, self.begun, self.line_begun, self.line_step = [], None, None, start
+        rows = [self.COLUMNS]
+        if start and path.exists():             # a run that died after its last checkpoint: rewind
+            with open(path, newline="") as file:
+                rows += [r for r in list(csv.reader(file))[1:] if r and int(r[0]) <= start]
+        text = "".join(",".join(row) + "\n" for row in rows)
+        write_atomically(path, text.encode())
+        print("".join(f"{name:>9s}" for name in self.COLUMNS))
+        self.begun = self.line_begun = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.begun
+
+    def add(self, step: int, values: list[Tensor]) -> None:
+        self.values.append(torch.stack([v.detach() for v in values]))    # stays on the device
+        if (step + 1) % self.config.log_every and step + 1 < self.config.steps:
+            return
+        means = torch.stack(self.values).mean(0).tolist()                # the loop's only sync
+        now = time.perf_counter()
+        rate = len(self.values) * self.config.batch / (now - self.line_begun)
+        left = (self.config.steps - step - 1) * (now - self.begun) / (step + 1 - self.start)
+        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+        print(f"{step + 1:9d}" + "".join(f"{m:9.4f}" for m in means) + f"{rate:9.0f}{clock:>9s}",
+              flush=True)
+        with open(self.path, "a") as file:
+            file.write(",".join([str(step + 1), *(f"{m:.6g}" for m in means), f"{rate:.1f}",
+                                 f"{left:.0f}"]) + "\n")
+        if not all(map(math.isfinite, means)):
+            raise ValueError(f"the losses are no longer finite at step {step + 1}: lower --lr, or "
+                             f"look at log.csv for the term that grew first")
+        self.values, self.line_begun = [], now
+
+
+@torch.no_grad()
+def look(model: HMR, batch: Batch) -> Tensor:
+    """input | overlay | turned 90 degrees of a few held-out pictures -> (3, B * 224, 3 * 224)."""
+    was_training = model.training
+    model.eval()
+    thetas, _ = model(batch.image)
+    pred = model.decode(thetas[-1], vertices=True)
+    model.train(was_training)
+    return look_at(batch.image, pred.vertices, model.smpl.faces, pred.cam)
+
+
+def finish(out: Path, config: Config, model: HMR, show: Batch, log: Log) -> dict:
+    """The table, the picture and metrics.json of a finished run."""
+    seconds = log.seconds()
+    save_png(out / "picture.png", look(model, show))
+    metrics = evaluate(model, config, torch.device(config.device))
+    metrics |= {"seconds": seconds, "images": config.steps * config.batch,
+                "device": device_name(config.device), "seed": config.seed,
+                "config": dataclasses.asdict(config)}
+    write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
+    print_table(metrics)
+    print(f"{metrics['images']:,} pictures in {seconds / 60:.1f} min on {metrics['device']}; "
+          f"picture: {out / 'picture.png'}  numbers: {out / 'metrics.json'}")
+    return metrics
+
+
+def print_table(metrics: dict) -> None:
+    columns = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pck", "PCK@150 %"),
+               ("auc", "AUC %"), ("pve", "PVE mm"), ("px", "2D px/224"))
+    print("held-out clips" + "".join(f"{title:>13s}" for _, title in columns))
+    rows = [("Theta-bar", metrics["baseline"])]
+    rows += [(f"iteration {t + 1}", m) for t, m in enumerate(metrics["per_iteration"])]
+    for name, row in rows:
+        print(f"{name:14s}" + "".join(f"{row[key]:13.1f}" for key, _ in columns))
+    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in columns]
+    print(f"{'% of Theta-bar':14s}" + "".join(f"{s:13.0f}" for s in share))
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, " + torch.backends.cpu.get_cpu_capability()
+
+
+def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
+    """Flags -> (the Config fields that were given, the rest).  Every field is a flag; an unknown
+    or misspelt one ends the program with status 2."""
+    parser = argparse.ArgumentParser(description="Train HMR on synthetic people.",
+                                     allow_abbrev=False)
+    parser.add_argument("--small", action="store_true",
+                        help="a small network and world: prints what it changes")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, with its own settings")
+    parser.add_argument("--eval", metavar="CHECKPOINT", type=Path,
+                        help="only measure this checkpoint on the held-out clips")
+    for f in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
+            {"type": type(f.default), "choices": f.metadata["choices"]}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+             if hasattr(args, f.name)}
+    return given, args
+
+
+def make_config(given: dict, small: bool) -> Config:
+    """Defaults, then --small's differences (printed), then the flags that were given."""
+    changes = dict(given)
+    device = changes.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+    changes["device"] = device
+    changes.setdefault("out", "runs/small" if small else "runs/full")
+    preset = SMALL | (SMALL_CPU if device == "cpu" else {}) if small else {}
+    config = Config(**(preset | changes))
+    if small:
+        diff = [(f.name, f.default, getattr(config, f.name)) for f in dataclasses.fields(Config)
+                if f.name not in ("device", "out")]
+        print("--small changes:", ", ".join(f"{n} {a} -> {b}" for n, a, b in diff if a != b))
+        if device == "cpu" and "steps" not in given:
+            print(f"no GPU: {config.steps} steps instead of {SMALL['steps']}")
+    for name in ("width", "iterations", "size", "batch", "steps", "log_every", "picture_every",
+                 "save_every", "eval_pictures"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got "
+                             f"{getattr(config, name)}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"--dropout: expected 0 <= p < 1, got {config.dropout}")
+    return config
+
+
+def run(argv: list[str] | None) -> None:
+    given, args = parse(argv)
+    if args.eval or args.resume:
+        path = args.eval or Path(given.get("out", "runs/small" if args.small else "runs/full")
+                                 ) / "checkpoint.pt"
+        checkpoint = load_checkpoint(path, "--eval" if args.eval else "--resume")
+        # its own settings, on this machine's device, then whatever flags were given
+        saved = checkpoint["config"] | {"device": "auto", "out": str(path.parent)}
+        config = make_config(saved | given, small=False)
+        if args.resume:
+            train(config, resume=True)
+            return
+        device = torch.device(config.device)
+        smpl = SMPL(config.smpl or None).to(device)
+        check_body(checkpoint, smpl)
+        model, _, _ = build(dataclasses.replace(config, pretrained="none"), smpl)
+        model.load_state_dict(checkpoint["model"])
+        print_table(evaluate(model, config, device))
+        return
+    train(make_config(given, args.small))
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(argv)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped; saved: go on with  python train.py --resume --out {stop}" if stop.args
+              else "\nstopped outside the training loop: nothing to save", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
