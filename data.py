@@ -6,8 +6,8 @@ those are licensed; here people are drawn instead: recorded motion poses an open
 drawn, a small renderer makes the picture and every label is known exactly.  Half of the pictures
 then "forget" their 3D, as in the paper.
 
-Axes:  B pictures   V vertices   F triangles   H = W = size in pixels   M candidate triangles
-       P pixels hit   19 keypoints   24 joints
+Axes:  B pictures   V vertices   F triangles   H = W = size in pixels   19 keypoints   24 joints
+       in the renderer: M triangles facing us   Q pairs of a triangle and a pixel   P pixels hit
 Camera frame: x right, y DOWN, z away from the camera, metres.  2D in [-1, 1] of the square crop,
 pixel = (x + 1) * size / 2; pixel i covers [i, i + 1) and is sampled at i + 0.5, so that
 mirroring a picture is exactly x -> -x.
@@ -41,6 +41,21 @@ HELD_OUT = ("dance_b", "kick", "roll")                                         #
 # Joints that are swapped between frames as one piece: arms (collar to hand), legs, spine, head.
 LIMBS = ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11), (3, 6, 9),
          (12, 15))
+
+
+# Random numbers are drawn on the generator's device and then moved, so that the evaluation
+# pictures, drawn with a CPU generator, show the same people on every machine.
+
+def _rand(shape, rng: torch.Generator, device) -> Tensor:
+    return torch.rand(shape, generator=rng, device=rng.device).to(device)
+
+
+def _randn(shape, rng: torch.Generator, device) -> Tensor:
+    return torch.randn(shape, generator=rng, device=rng.device).to(device)
+
+
+def _randint(high: int, n: int, rng: torch.Generator, device) -> Tensor:
+    return torch.randint(high, (n,), generator=rng, device=rng.device).to(device)
 
 
 def load_mocap(upright: bool, held_out: bool, path: str | Path = MOCAP) -> Tensor:
@@ -94,21 +109,6 @@ def draw_poses(frames: Tensor, n: int, rng: torch.Generator, mix: bool = True) -
     return pose + noise
 
 
-# Random numbers are drawn on the generator's device and then moved, so that the evaluation
-# pictures, drawn with a CPU generator, are the same on every machine.
-
-def _rand(shape, rng: torch.Generator, device) -> Tensor:
-    return torch.rand(shape, generator=rng, device=rng.device).to(device)
-
-
-def _randn(shape, rng: torch.Generator, device) -> Tensor:
-    return torch.randn(shape, generator=rng, device=rng.device).to(device)
-
-
-def _randint(high: int, n: int, rng: torch.Generator, device) -> Tensor:
-    return torch.randint(high, (n,), generator=rng, device=rng.device).to(device)
-
-
 # --------------------------------------------------------------------------------------------
 # 2. The renderer: orthographic z-buffer in plain torch
 #
@@ -141,36 +141,38 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
     f, b = ((area < -1e-9) & (box[:, 0] > 0) & (box[:, 1] > 0)).nonzero(as_tuple=True)    # (M,)
 
     # What a triangle needs to judge a pixel at (dx, dy) from its box's first one (counting from
-    # there keeps float32 exact enough): two barycentric coordinates as a dx + b dy + c.
-    pick = lambda value: value.flatten().index_select(0, f * B + b)   # (F, B) -> (M,)
-    area, x0, y0, w, h = map(pick, (area, *first.unbind(1), *box.unbind(1)))
+    # there keeps float32 exact enough): two barycentric coordinates as gx dx + gy dy + start.
+    def pick(value):                                                  # (F, B) -> (M,)
+        return value.flatten().index_select(0, f * B + b)
+    area, x0, y0, w, h = map(pick, (area, *first.unbind(1), *box.unbind(1)))      # (M,) each
     corner = (faces[f] * (3 * B) + b[:, None]).T.flatten()            # (3M,) where its x is in xyz
     x, y, z = (xyz.flatten().index_select(0, corner + k * B).view(3, -1) for k in range(3))
-    planes = []
+    planes = []                                                       # 6 x (M,)
     for n, p in ((1, 2), (2, 0)):
-        dx, dy = (y[n] - y[p]) / area, (x[p] - x[n]) / area           # (M,)
-        planes += [dx, dy, dx * (x0 + 0.5 - x[n]) + dy * (y0 + 0.5 - y[n])]
+        gx, gy = (y[n] - y[p]) / area, (x[p] - x[n]) / area           # (M,)
+        planes += [gx, gy, gx * (x0 + 0.5 - x[n]) + gy * (y0 + 0.5 - y[n])]
 
     # All pairs: triangle t meets each of the w * h pixels of its box.
     count = (w * h).long()                                            # (M,)
-    t = torch.repeat_interleave(count)                                # (N,) 0 0 0 0 1 1 2 ..
-    place = torch.arange(len(t), device=t.device) - (count.cumsum(0) - count)[t]
-    width = w.long()[t]
-    dy = place // width
-    dx = place - dy * width                                           # (N,)
-    a0, b0, c0, a1, b1, c1 = (plane.index_select(0, t) for plane in planes)
-    w0, w1 = a0 * dx + b0 * dy + c0, a1 * dx + b1 * dy + c1           # (N,) barycentric
+    t = torch.repeat_interleave(count)                                # (Q,) 0 0 0 0 1 1 2 ..
+    place = torch.arange(len(t), device=t.device) - (count.cumsum(0) - count)[t]      # (Q,)
+    width = w.long()[t]                                               # (Q,)
+    dy = place // width                                               # (Q,)
+    dx = place - dy * width                                           # (Q,)
+    gx0, gy0, start0, gx1, gy1, start1 = (plane.index_select(0, t) for plane in planes)
+    w0 = gx0 * dx + gy0 * dy + start0                                 # (Q,) barycentric
+    w1 = gx1 * dx + gy1 * dy + start1                                 # (Q,)
     # A hair's tolerance: neighbours may both claim a pixel on their edge, but no crack opens.
     inside = (torch.minimum(torch.minimum(w0, w1), 1 - w0 - w1) > -1e-5).nonzero()[:, 0]
     t, dx, dy, w0, w1 = (v.index_select(0, inside) for v in (t, dx, dy, w0, w1))
 
     depth = w0 * z[0][t] + w1 * z[1][t] + (1 - w0 - w1) * z[2][t]     # exact: orthographic
     face_bits = max(n_faces - 1, 1).bit_length()
-    levels = 2 ** (40 - face_bits)                   # of depth: 0.1 micrometres for 2,454 triangles
+    levels = 2 ** (40 - face_bits)                  # of depth: 0.06 micrometres for 2,454 triangles
     depth = ((depth.double() / DEPTH_RANGE + 1) / 2).clamp(0, 1) * (levels - 1)
     bid = (depth.long() << face_bits) | f[t]
-    pixel = (b[t] * size + (y0[t].long() + dy)) * size + x0[t].long() + dx
-    empty = 2 ** 62
+    pixel = (b[t] * size + y0[t].long() + dy) * size + x0[t].long() + dx
+    empty = 2 ** 62                                                   # above every bid
     buffer = torch.full((B * size * size,), empty, dtype=torch.int64, device=points.device)
     buffer.scatter_reduce_(0, pixel, bid, "amin")
     face = torch.where(buffer < empty, buffer & (2 ** face_bits - 1), -1)
@@ -192,7 +194,8 @@ def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
 
 
 def render(vertices: Tensor, faces: Tensor, cam: Tensor, size: int, color: Tensor,
-           background: Tensor, light: Tensor | None = None, pattern: Tensor | None = None) -> Tensor:
+           background: Tensor, light: Tensor | None = None,
+           pattern: Tensor | None = None) -> Tensor:
     """Draw bodies over backgrounds -> pictures (B, 3, size, size) in [0, 1].
 
     vertices (B, V, 3) camera frame, metres; cam (B, 3) exactly `project`'s; color (B, F, 3) or
@@ -206,7 +209,9 @@ def render(vertices: Tensor, faces: Tensor, cam: Tensor, size: int, color: Tenso
     b, row, col = (face >= 0).nonzero(as_tuple=True)                  # (P,) each
     f = face[b, row, col]                                             # (P,)
     corner = (faces[f] + b[:, None] * V).flatten()                    # (3P,)
-    at_corners = lambda values: values.reshape(B * V, -1).index_select(0, corner).view(len(f), 3, -1)
+
+    def at_corners(values):                                           # (B, V, C) -> (P, 3, C)
+        return values.reshape(B * V, -1).index_select(0, corner).view(len(f), 3, -1)
     # Barycentric coordinates of the pixel's centre: areas of the sub-triangles.
     center = torch.stack([col + 0.5, row + 0.5], -1)                  # (P, 2)
     x, y = (at_corners((points[..., :2] + 1) * (size / 2)) - center[:, None]).unbind(-1)  # (P, 3)
@@ -245,7 +250,8 @@ class Batch(NamedTuple):
 # Sides differ, so that a picture of few pixels says which arm is which and which way it faces.
 TORSO_BACK, HAIR, PARTS = 24, 25, 26
 SUIT = {
-    (0,): (0.25, 0.25, 0.30), (3, 6, 9, 13, 14): (0.93, 0.93, 0.88), (TORSO_BACK,): (0.45, 0.3, 0.6),
+    (0,): (0.25, 0.25, 0.30),                                                        # pelvis
+    (3, 6, 9, 13, 14): (0.93, 0.93, 0.88), (TORSO_BACK,): (0.45, 0.3, 0.6),          # torso
     (1,): (0.85, 0.15, 0.15), (4,): (1.0, 0.55, 0.55), (7, 10): (0.5, 0.05, 0.2),    # left leg
     (2,): (0.10, 0.45, 0.15), (5,): (0.50, 0.90, 0.40), (8, 11): (0.05, 0.25, 0.2),  # right leg
     (16,): (1.0, 0.55, 0.0), (18,): (1.0, 0.9, 0.1),                                 # left arm
@@ -269,7 +275,9 @@ def face_parts(smpl: SMPL) -> Tensor:
 class SyntheticPeople:
     """Endless pictures of people: `world.batch(step)` is a function of (seed, step, rank) alone.
 
-    A fresh generator each step: resuming at step n, or drawing ahead, changes nothing.
+    (And of the device: CPU and CUDA generators differ, and a GPU's atomic sums round differently
+    from run to run.)  A fresh generator each step: resuming at step n, or drawing ahead, changes
+    nothing.  rank: which of several training processes this is.
 
     labels "half": every other picture has 3D (Sec. 3.4: each batch is half 2D, half 3D) and a tenth
     of the 2D points is unlabelled; "2d": no picture has 3D; "all": nothing is left out.
@@ -296,7 +304,7 @@ class SyntheticPeople:
         """Streams are independent: 0 = pictures, 1 = the discriminators' pool."""
         state = np.random.SeedSequence([self.seed, step, self.rank, stream]).generate_state(2)
         rng = torch.Generator(self.rng_device)
-        return rng.manual_seed(int(state[0]) << 31 ^ int(state[1]))
+        return rng.manual_seed(int(state[0]) << 31 ^ int(state[1]))       # 63 bits
 
     def motion(self, n: int, step: int) -> tuple[Tensor, Tensor]:
         """Real samples for D: rotmats (n, 23, 3, 3) without root, betas (n, 10); no picture."""
@@ -330,7 +338,7 @@ class SyntheticPeople:
                      has_3d=has_3d, has_smpl=has_3d)
 
     def _headings(self, B: int, rng: torch.Generator) -> Tensor:
-        """World to camera (B, 3, 3): turn to any heading, tilt the camera a little, y up -> down."""
+        """World to camera (B, 3, 3): turn to any heading, tilt the camera a bit, y up -> down."""
         turn = torch.zeros(B, 3, device=self.device)
         turn[:, 1] = 2 * math.pi * _rand((B,), rng, self.device)
         tilt = math.radians(5) * _randn((B, 3), rng, self.device)
@@ -353,7 +361,9 @@ class SyntheticPeople:
 
     def _draw(self, vertices: Tensor, cam: Tensor, rng: torch.Generator) -> Tensor:
         B, size = len(vertices), self.size
-        rand = lambda *shape: _rand(shape, rng, self.device)
+
+        def rand(*shape):
+            return _rand(shape, rng, self.device)
         # light from the camera's side, mostly from above (y is down)
         light = 0.6 * _randn((B, 3), rng, self.device) + cam.new_tensor([0, -0.5, -1])
         light = F.normalize(light, dim=-1)                            # (B, 3)
@@ -380,7 +390,7 @@ class SyntheticPeople:
     def _clothes(self, rand) -> Tensor:
         """Colours of the 26 parts (B, 26, 3): skin, hair, shirt, trousers, shoes; sleeves vary."""
         B = self.batch_size
-        skin = (0.25 + 0.75 * rand(B, 1)) * rand(B, 3).new_tensor([1.0, 0.78, 0.66])
+        skin = (0.25 + 0.75 * rand(B, 1)) * self.suit.new_tensor([1.0, 0.78, 0.66])       # (B, 3)
         hair, shirt, trousers, shoes = (rand(B, 3) ** p for p in (3.0, 1.0, 1.0, 2.0))
         table = skin[:, None].repeat(1, PARTS, 1)                     # (B, 26, 3)
         table[:, HAIR] = hair
@@ -413,35 +423,55 @@ def paste_rectangles(image: Tensor, draws: Tensor, biggest: float = 0.6,
 
 
 # --------------------------------------------------------------------------------------------
-# 4. Real pictures: the crop, its jitter, and the flip (Sec. 3.4; official data_loader)
+# 4. Real pictures: the crop, its jitter, and the flip (Sec. 3.4; official data_loader).  For your
+#    own photographs: rendered people are born cropped, and mirrored in `draw_poses`.
+
+def person_scale(keypoints: Tensor, visible: Tensor) -> float:
+    """How many pixels of a 224 crop a picture's pixel becomes, by the official converters' rule.
+
+    Where an ankle is visible, the diagonal of the visible points' box becomes 150 pixels; where
+    none is (the person is cut off), the mean shoulder-to-hip distance 75; else the box again.
+    """
+    ankles, torsos = (0, 5), ((8, 2), (9, 3))                         # (shoulder, hip), both sides
+    torso = [float((keypoints[s] - keypoints[h]).norm()) for s, h in torsos
+             if visible[s] > 0 and visible[h] > 0]
+    if torso and not any(visible[a] > 0 for a in ankles):
+        length, wanted = sum(torso) / len(torso), 75
+    else:
+        seen = keypoints[visible > 0]
+        length, wanted = float((seen.amax(0) - seen.amin(0)).norm()), 150
+    if length < 5:
+        raise ValueError(f"cropping needs a person of at least 5 pixels, got {length:.1f}")
+    return wanted / length
+
 
 def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 224,
                 shift: tuple[float, float] = (0, 0), zoom: float = 1.0) -> tuple[Tensor, Tensor]:
     """Cut a person out as HMR does -> crop (3, size, size), keypoints2d (19, 2) in [-1, 1].
 
-    image (3, H, W) in [0, 1]; keypoints (19, 2) pixels, visible (19,).  The diagonal of the
-    visible points' box becomes 150/224 of the crop, its midpoint the centre; `shift` (in crop
-    pixels of 224, official training: +-20) moves the centre before `zoom` (0.8 to 1.23) scales.
-    Beyond the picture its edge is repeated, as in the official code (SPIN pads with zeros).
-    Unlabelled points are set to 0.
+    image (3, H, W) in [0, 1]; keypoints (19, 2) pixels where pixel i covers [i, i + 1): add 0.5 to
+    annotations that count whole pixels; visible (19,).  The visible points' box is centred and
+    scaled by `person_scale`; `shift` (pixels of a 224 crop; official training: within 20) moves
+    the window before `zoom` (0.8 to 1.23) scales it.  Beyond the picture its edge is repeated, as
+    in the official code (SPIN pads with zeros).  Unlabelled points are set to 0.
     """
-    seen = keypoints[visible > 0]
+    seen = keypoints[visible > 0]                                     # (n, 2)
     if len(seen) < 2:
         raise ValueError(f"cropping needs at least 2 visible keypoints, got {len(seen)}")
-    low, high = seen.amin(0), seen.amax(0)                            # (2,)
-    scale = 150 / 224 * size / float((high - low).norm())
+    scale = person_scale(keypoints, visible)
+    center = (seen.amin(0) + seen.amax(0)) / 2 + keypoints.new_tensor(shift) / scale      # (2,)
+    side = 224 / (scale * zoom)                        # of the window, in the picture's pixels
     H, W = image.shape[1:]
-    center = (low + high) / 2 + torch.tensor(shift) * size / 224 / scale
-    h, w = (max(1, round(side * scale * zoom)) for side in (H, W))
-    image = vision.resize(image, [h, w], antialias=True)              # (3, h, w)
-    ratio = torch.tensor([w / W, h / H])                              # what the rounding made of it
-    left, top = (center * ratio - size / 2).round().int().tolist()
-    # Pad by as much as the window sticks out, then cut.
-    pad = [max(0, -left), max(0, -top), max(0, left + size - w), max(0, top + size - h)]
-    image = vision.pad(image, pad, padding_mode="edge")
-    image = vision.crop(image, top + pad[1], left + pad[0], size, size)           # (3, size, size)
-    pixels = keypoints * ratio - torch.tensor([left, top])            # (19, 2)
-    return image, (2 * pixels / size - 1) * (visible > 0)[:, None]
+    if side > size:                                    # shrinking: low-pass first, or it aliases
+        shrunk = [max(1, round(length * size / side)) for length in (H, W)]
+        image = vision.resize(image, shrunk, antialias=True)          # (3, h, w)
+    # Crop coordinates in [-1, 1] -> the picture's, in [-1, 1] as well, so the shrinking drops out.
+    extent = keypoints.new_tensor([W, H])                             # (2,)
+    window = torch.cat([torch.diag(side / extent), (2 * center / extent - 1)[:, None]], 1)  # (2, 3)
+    grid = F.affine_grid(window[None], [1, 3, size, size], align_corners=False)
+    crop = F.grid_sample(image[None], grid, "bilinear", padding_mode="border",
+                         align_corners=False)[0]                      # (3, size, size)
+    return crop, 2 * (keypoints - center) / side * (visible > 0)[:, None]
 
 
 def flip_batch(batch: Batch) -> Batch:
@@ -469,7 +499,7 @@ def save_png(path: str | Path, image: Tensor) -> None:
     write_atomically(path, file.getvalue())
 
 
-def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: int = 2,
+def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: float = 2,
                 visible: Tensor | None = None, filled: bool = True) -> Tensor:
     """Discs, or circles if not filled, at keypoints2d (K, 2) in [-1, 1] on image (3, H, W)."""
     size = image.shape[-1]
@@ -500,7 +530,8 @@ def side_view(vertices: Tensor) -> Tensor:
     return torch.stack([-z, y, x], -1) + middle
 
 
-def look_at(image: Tensor, vertices: Tensor, faces: Tensor, cam: Tensor, size: int = 224) -> Tensor:
+def look_at(image: Tensor, vertices: Tensor, faces: Tensor, cam: Tensor,
+            size: int = 224) -> Tensor:
     """input | overlay | turned 90 degrees, one row a body -> (3, B * size, 3 * size)."""
     image = F.interpolate(image.float(), (size, size), mode="bilinear", align_corners=False)
     overlay = draw_mesh(vertices, faces, cam, size, image)
@@ -522,7 +553,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="out", help="folder for data.png")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    smpl, rows = SMPL(), []
+    rows = []
+    try:
+        smpl = SMPL()
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
     for look, upright, size in (("plain", True, 64), ("hard", False, 224)):
         frames = load_mocap(upright, held_out=False)
         batch = SyntheticPeople(smpl, frames, 16, size, look, args.seed).batch(0)

@@ -22,6 +22,7 @@ person standing upright and facing the camera has root rotation Rx(pi).
 import argparse
 import math
 import sys
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ from smpl import SMPL, batch_rodrigues, rot6d_to_rotmat
 #
 # The paper and official code use ResNet-50 v2 (pre-activation).  The slides, SPIN and most later
 # work use the post-activation network below, with torchvision's parameter names so that its
-# ImageNet weights load.
+# ImageNet weights load.  BatchNorm keeps torch's momentum of 0.1 for its running statistics; the
+# official code's decay of 0.997 would be 0.003, for runs a hundred times longer than --small.
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -49,7 +51,7 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(self, inputs: int, width: int, stride: int, plain: bool, v1: bool):
-        super().__init__()
+        super().__init__()                           # v1 concerns bottlenecks only
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, padding=1, bias=False)
@@ -142,14 +144,15 @@ class ResNet(nn.Module):
         self.feature_dim = channels
         self.fc = None if num_classes is None else nn.Linear(channels, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):        # He et al. 2015: keep the variance past a ReLU
+            if isinstance(module, nn.Conv2d):        # He init: keep the variance past a ReLU
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))                           # (B, 64, H/2, W/2)
-        x = F.max_pool2d(x, 3, 2, padding=1)                          # (B, 64, H/4, W/4)
+        x = F.relu(self.bn1(self.conv1(x)))                           # (B, width, H/2, W/2)
+        x = F.max_pool2d(x, 3, 2, padding=1)                          # (B, width, H/4, W/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))     # (B, C, H/32, W/32)
-        x = x.mean((2, 3))                                            # (B, C) global average pool
+        # global average pool -> (B, C); summed in float32 even when the convolutions ran in bf16
+        x = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         return x if self.fc is None else self.fc(x)
 
 
@@ -159,15 +162,14 @@ class ResNet(nn.Module):
 # Regressing rotations in one go is hard, so the network is shown its own estimate and asked for a
 # correction, T times, with the same weights:  Theta_{t+1} = Theta_t + DeltaTheta(phi, Theta_t).
 
-THETA_DIM = 85                                # [cam 3 | pose 72 | betas 10], the official order
+# Theta = [cam 3 | pose 72 | betas 10], the official order.  The pose is what lies between the
+# other two, so that the 6D variant, Theta (B, 157) with pose (B, 144), splits as well.
+CAM, POSE, BETAS = slice(0, 3), slice(3, -10), slice(-10, None)
 
 
 def split_theta(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Theta (B, 85) -> cam (B, 3) = s, tx, ty; pose (B, 72); betas (B, 10).
-
-    The pose is what lies between, so the 6D variant (B, 157), pose (B, 144), splits as well.
-    """
-    return theta[:, :3], theta[:, 3:-10], theta[:, -10:]
+    """Theta (B, 85) -> cam (B, 3) = s, tx, ty; pose (B, 72); betas (B, 10)."""
+    return theta[:, CAM], theta[:, POSE], theta[:, BETAS]
 
 
 def pose_to_rotmats(pose: Tensor) -> Tensor:
@@ -180,14 +182,15 @@ def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
     """Theta-bar, where IEF starts: scale 0.9, a mean pose, upright, average shape -> (1, 85).
 
     mean_pose (72,) in SMPL's frame.  Upright in a y-down camera means root = Rx(pi); all three
-    numbers of the root are set, as in the official code.
+    numbers of the root are set, as in the official code, which takes pose and shape from a file
+    of mean parameters; here the pose is the body file's `mean_pose` and the shape is 0.
     """
-    pose = mean_pose.detach().clone().view(24, 3)
+    pose = mean_pose.detach().cpu().clone().view(24, 3)
     pose[0] = torch.tensor([math.pi, 0, 0])
     if rotation == "6d":
         pose = batch_rodrigues(pose)[..., :2]       # (24, 3, 2), flattened: SPIN's interleaved 6D
     cam = torch.tensor([0.9, 0.0, 0.0])
-    return torch.cat([cam, pose.flatten().cpu(), torch.zeros(10)])[None]          # (1, 85)
+    return torch.cat([cam, pose.flatten(), torch.zeros(10)])[None]            # (1, 85)
 
 
 class Regressor(nn.Module):
@@ -280,9 +283,9 @@ class HMR(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
         images = (images - self.mean) / self.std                      # (B, 3, H, W)
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            feature = self.encoder(images)                            # (B, 2048)
-        thetas = self.regressor(feature.to(self.regressor.fc1.weight.dtype))      # T x (B, 85)
+        with torch.autocast(images.device.type, self.amp) if self.amp else nullcontext():
+            feature = self.encoder(images)                            # (B, C)
+        thetas = self.regressor(feature)                              # T x (B, 85)
         return thetas, self.decode(thetas[-1])
 
     def decode(self, theta: Tensor, vertices: bool = False) -> HMROutput:
@@ -303,7 +306,10 @@ RIGHT_HIP, LEFT_HIP, LSP = 2, 3, 14          # among the 19 keypoints; LSP's are
 
 
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
-    """Sum of error * mask over the number of elements counted; exactly 0 when there are none."""
+    """Sum of error * mask over the number of elements counted; exactly 0 when there are none.
+
+    What the mask hides must still be finite (fill missing labels with 0 or -1, not with NaN).
+    """
     mask = mask.to(error.dtype).expand_as(error)
     count = mask.sum()
     return (error * mask).sum() / torch.where(count > 0, count, torch.ones_like(count))
@@ -334,7 +340,7 @@ def joints3d_loss(pred: Tensor, target: Tensor, has_3d: Tensor) -> Tensor:
 
 def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_betas: Tensor,
               has_smpl: Tensor) -> Tensor:
-    """L_smpl = ||[beta, theta] - [betahat, thetahat]||^2: rotmats (B, 24, 3, 3), betas (B, 10) -> ().
+    """L_smpl = ||[beta, theta] - [betahat, thetahat]||^2: (B, 24, 3, 3), (B, 10), twice -> ().
 
     On rotation MATRICES, root included, as the official code does though Eq. (6) reads axis-angle:
     r and r (1 - 2 pi / |r|) are the same rotation but far apart as vectors, and an upright person

@@ -71,15 +71,15 @@ def batch_rodrigues(pose: Tensor) -> Tensor:
     # `where` alone would not do: the branch not taken still sends 0 * inf = NaN into the gradient.
     safe = torch.where(small, torch.ones_like(a2), a2)
     a = safe.sqrt()
-    sin_a = torch.where(small, 1 - a2 / 6 * (1 - a2 / 20 * (1 - a2 / 42)), a.sin() / a)
+    sin_over_a = torch.where(small, 1 - a2 / 6 * (1 - a2 / 20 * (1 - a2 / 42)), a.sin() / a)
     # 1 - cos a = 2 sin^2(a/2): no cancellation for small angles in float32
-    cos_a = torch.where(small, 0.5 - a2 / 24 * (1 - a2 / 30 * (1 - a2 / 56)),
-                        2 * (a / 2).sin().square() / safe)
+    versine_over_a2 = torch.where(small, 0.5 - a2 / 24 * (1 - a2 / 30 * (1 - a2 / 56)),
+                                  2 * (a / 2).sin().square() / safe)
     x, y, z = pose.unbind(-1)
     o = torch.zeros_like(x)
     K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))   # (..., 3, 3)
     eye = torch.eye(3, dtype=pose.dtype, device=pose.device)
-    return eye + sin_a * K + cos_a * (K @ K)
+    return eye + sin_over_a * K + versine_over_a2 * (K @ K)           # (..., 3, 3)
 
 
 def rot6d_to_rotmat(x: Tensor) -> Tensor:
@@ -120,12 +120,12 @@ def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
     parents = [int(p) for p in parents]
     # The bone vectors: a joint's place in its parent's frame.  The root's parent is the origin.
     offsets = torch.cat([joints[:, :1], joints[:, 1:] - joints[:, parents[1:]]], 1)  # (B, 24, 3)
-    G_R, G_t = [rotmats[:, 0]], [offsets[:, 0]]       # the root turns about joint 0, not the origin
+    G_R, posed = [rotmats[:, 0]], [offsets[:, 0]]     # the root turns about joint 0, not the origin
     for i in range(1, rotmats.shape[1]):
-        R, t = G_R[parents[i]], G_t[parents[i]]                       # (B, 3, 3), (B, 3)
-        G_R.append(R @ rotmats[:, i])
-        G_t.append((R @ offsets[:, i, :, None])[..., 0] + t)
-    G_R, posed = torch.stack(G_R, 1), torch.stack(G_t, 1)             # (B, 24, 3, 3), (B, 24, 3)
+        parent = parents[i]
+        G_R.append(G_R[parent] @ rotmats[:, i])                       # (B, 3, 3) to the world
+        posed.append(posed[parent] + (G_R[parent] @ offsets[:, i, :, None])[..., 0])      # (B, 3)
+    G_R, posed = torch.stack(G_R, 1), torch.stack(posed, 1)           # (B, 24, 3, 3), (B, 24, 3)
     # A takes a point of the REST body to the posed one: x -> G_R (x - J) + posed, so a vertex at
     # its joint lands on the posed joint.  Forgetting "- G_R J" explodes the body.
     t = posed - (G_R @ joints[..., None])[..., 0]                     # (B, 24, 3)
@@ -197,9 +197,10 @@ class SMPL(nn.Module):
         directions; with those, the unchanged `lbs` runs on this much smaller body.
         """
         used = (self.cocoplus_regressor != 0).any(0).nonzero()[:, 0]              # (U,)
-        joint_dirs = torch.einsum("jv,vcn->jcn", self.J_regressor, self.shapedirs)
-        self._constant("kp_template", torch.cat([self.v_template[used],
-                                                 self.J_regressor @ self.v_template]))
+        rest = self.J_regressor @ self.v_template                     # (24, 3)
+        joint_dirs = torch.einsum("jv,vcn->jcn", self.J_regressor, self.shapedirs)    # (24, 3, 10)
+        # each (U + 24, ..): the used vertices, then the 24 riders, which nothing skins or corrects
+        self._constant("kp_template", torch.cat([self.v_template[used], rest]))
         self._constant("kp_shapedirs", torch.cat([self.shapedirs[used], joint_dirs]))
         self._constant("kp_posedirs", nn.functional.pad(self.posedirs[used], (0, 0, 0, 0, 0, 24)))
         self._constant("kp_weights", nn.functional.pad(self.weights[used], (0, 0, 0, 24)))
@@ -224,11 +225,16 @@ class SMPL(nn.Module):
         if vertices:
             v, joints = lbs(betas, rotmats, self.v_template, self.shapedirs, self.posedirs,
                             self.J_regressor, self.parents, self.weights)
-            return SMPLOutput(v, joints, torch.einsum("kv,bvc->bkc", self.cocoplus_regressor, v))
+            keypoints = torch.einsum("kv,bvc->bkc", self.cocoplus_regressor, v)   # (B, 19, 3)
+            return SMPLOutput(v, joints, keypoints)
         v, joints = lbs(betas, rotmats, self.kp_template, self.kp_shapedirs, self.kp_posedirs,
                         self.kp_J_regressor, self.parents, self.kp_weights)
-        return SMPLOutput(None, joints, torch.einsum("kv,bvc->bkc", self.kp_regressor, v))
+        keypoints = torch.einsum("kv,bvc->bkc", self.kp_regressor, v)             # (B, 19, 3)
+        return SMPLOutput(None, joints, keypoints)
 
+
+# ============================================================================================
+# Not needed to understand HMR: writing files, reading body files.
 
 def save_obj(path: str | os.PathLike, vertices: Tensor, faces: Tensor) -> None:
     """Write one mesh, vertices (V, 3) and faces (F, 3), as Wavefront OBJ (1-based indices)."""
@@ -242,13 +248,14 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:                       # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-# ============================================================================================
-# Not needed to understand HMR: reading body files.
-#
 # SMPL's official files are Python-2 pickles of chumpy and scipy objects.  A plain `pickle.load`
 # runs whatever the file says and needs chumpy, which no longer imports.  This unpickler knows the
 # few names such files contain, replaces each by an inert stand-in, and refuses any other.
@@ -367,8 +374,8 @@ def _plain(value):
 
 def _read_raw(path: Path) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such body file; leave --smpl out for the open body, or "
-                                f"see README for where to get SMPL's")
+        raise FileNotFoundError(f"{path}: no such body file; leave --smpl out for the open body, "
+                                f"or see README for where to get SMPL's")
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -444,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         smpl = SMPL(args.smpl)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"smpl.py: {error}", file=sys.stderr)
         return 2
     print(f"{smpl.name}  sha256 {smpl.sha256[:12]}  V = {len(smpl.v_template)}  "

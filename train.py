@@ -2,7 +2,7 @@
 
 Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
 
-    python train.py --small --overfit --steps 100   # a minute on a laptop: one batch, does it learn?
+    python train.py --small --overfit --steps 100   # a minute on a laptop: is one batch learnt?
     python train.py --small                         # minutes on a GPU, under 20 on two CPU cores
     python train.py --eval runs/small/checkpoint.pt # the table again
     python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
@@ -13,7 +13,6 @@ Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import io
 import json
@@ -30,13 +29,14 @@ import torchvision
 from torch import Tensor
 
 from data import Batch, SyntheticPeople, load_mocap, look_at, save_png
-from hmr import (HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
+from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
                  encoder_adversarial_loss, joints3d_loss, keypoint_loss, pose_to_rotmats,
                  smpl_loss, split_theta)
 from smpl import SMPL, write_atomically
 
 # --------------------------------------------------------------------------------------------
-# 1. Hyperparameters.  The defaults are the official do_train.sh; its flags' own defaults differ.
+# 1. Hyperparameters.  Losses, batch, steps and rates are the official do_train.sh's (the official
+#    flags' own defaults differ).
 
 
 def option(default, help: str, choices: tuple | None = None):
@@ -68,15 +68,16 @@ class Config:
     weight_adv: float = option(1.0, "of L_adv (do_train.sh: 1; Eq. (1))")
     # the optimisation; no weight decay: the official flags register one that no loss ever reads
     batch: int = option(64, "pictures a step (Sec. 3.4: 64)")
-    steps: int = option(667_589, "optimiser steps (do_train.sh: 75 epochs of 569,753 / 64)")
+    steps: int = option(667_589, "optimiser steps (do_train.sh: 75 epochs of 569,753 / 64; the "
+                                 "paper says 55 epochs)")
     lr: float = option(1e-5, "of encoder and regressor, Adam (Sec. 3.4)")
     lr_scratch: float = option(1e-4, "instead of lr when there are no ImageNet weights (ours)")
-    lr_d: float = option(1e-4, "of the discriminators, Adam: ten times E's (Sec. 3.4)")
+    lr_d: float = option(1e-4, "of the discriminators, Adam (Sec. 3.4: ten times E's)")
     schedule: str = option("constant", "onecycle: warm up, then anneal to 0 (ours)",
                            ("constant", "onecycle"))
     amp: str = option("auto", "bf16 in the encoder: where the hardware has it natively, or never",
                       ("auto", "off"))
-    overfit: bool = option(False, "train on ONE batch: its losses must fall towards 0")
+    overfit: bool = option(False, "train on ONE batch: L_kp, L_joints, L_smpl must fall to 0")
     # the run
     seed: int = option(0, "of initialisation and training pictures; not of the evaluation's")
     device: str = option("auto", "cuda where there is one", ("auto", "cpu", "cuda"))
@@ -104,9 +105,9 @@ def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     axis holds the coordinates transpose that one).
     """
     mu_s, mu_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)       # (B, 1, 3)
-    s, t = source - mu_s, target - mu_t
+    s, t = source - mu_s, target - mu_t                               # (B, N, 3)
     U, S, Vh = torch.linalg.svd(t.mT @ s)                             # (B, 3, 3), (B, 3), (B, 3, 3)
-    sign = torch.ones_like(S)
+    sign = torch.ones_like(S)                                         # (B, 3)
     sign[:, 2] = torch.linalg.det(U @ Vh).sign()                      # undo a reflection
     R = U @ (sign[..., None] * Vh)                                    # (B, 3, 3)
     scale = (S * sign).sum(1) / s.square().sum((1, 2)).clamp(min=1e-12)           # (B,)
@@ -117,7 +118,7 @@ def pose_errors(pred, true) -> dict[str, Tensor]:
     """Per-picture errors of one decoded prediction against the truth (HMROutputs with vertices).
 
     mpjpe (B, 14), pa_mpjpe (B, 14), pve (B, V) in mm; px (B, 19) in pixels of a 224 crop.
-    MPJPE and PVE after moving both bodies' hip midpoints to the origin (official code).
+    MPJPE (official code) and PVE after moving both bodies' hip midpoints to the origin.
     """
     p, t = center_hips(pred.keypoints3d), center_hips(true.keypoints3d)           # (B, 19, 3)
     hips_p = pred.keypoints3d[:, :1] - p[:, :1]                       # (B, 1, 3)
@@ -141,44 +142,53 @@ def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
     return result
 
 
-def evaluation_pictures(config: Config, smpl: SMPL, device) -> list[Batch]:
-    """The test set: unmixed frames of the held-out clips, the same whatever --seed says."""
-    size = min(64, config.eval_pictures)
-    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=True), size, config.size,
-                            config.look, seed=2018, labels="all", mix=False, device=device,
+EVALUATION_SEED = 2018
+
+
+def evaluation_pictures(config: Config, smpl: SMPL, device):
+    """Yield the test set: unmixed frames of the held-out clips, the same whatever --seed says."""
+    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=True), 64, config.size,
+                            config.look, EVALUATION_SEED, labels="all", mix=False, device=device,
                             rng_device="cpu")
-    return [world.batch(step) for step in range(math.ceil(config.eval_pictures / size))]
+    for first in range(0, config.eval_pictures, 64):
+        batch = world.batch(first // 64)
+        yield Batch(*(field[:config.eval_pictures - first] for field in batch))
 
 
 def mean_camera(config: Config, smpl: SMPL, device) -> Tensor:
     """What a network that never looks would guess: the training world's mean camera (1, 3)."""
     world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), 512, size=2,
-                            seed=2018, device=device, rng_device="cpu")
+                            seed=EVALUATION_SEED, device=device, rng_device="cpu")
+    # pictures of 2 pixels: only the cameras are wanted
     return torch.cat([world.batch(step).cam for step in range(4)]).mean(0, keepdim=True)
 
 
 @torch.no_grad()
 def evaluate(model: HMR, config: Config, device) -> dict:
-    """All measures on the held-out clips: of each IEF iteration, and of Theta-bar (the baseline)."""
+    """All measures on the held-out clips: of each IEF iteration, and of the baseline.
+
+    The baseline is Theta-bar under the training world's mean camera: the mean pose, facing us
+    (people face anywhere).
+    """
     model.eval()                  # batch norm uses its running statistics, dropout is off
-    theta_bar = model.regressor.theta_bar.clone()                     # (1, 85)
-    theta_bar[:, :3] = mean_camera(config, model.smpl, device)
+    baseline = model.regressor.theta_bar.clone()                      # (1, 85)
+    baseline[:, CAM] = mean_camera(config, model.smpl, device)
     errors = [[] for _ in range(config.iterations + 1)]
     for batch in evaluation_pictures(config, model.smpl, device):
         body = model.smpl(batch.betas, batch.rotmats)
         true = HMROutput(batch.rotmats, batch.betas, batch.cam, body.joints, body.keypoints,
                          batch.keypoints2d, body.vertices)
-        thetas, _ = model(batch.image)
-        for t, theta in enumerate([theta_bar.expand(len(batch.image), -1), *thetas]):
+        thetas, _ = model(batch.image)                                # T x (B, 85)
+        for t, theta in enumerate([baseline.expand(len(batch.image), -1), *thetas]):
             errors[t].append(pose_errors(model.decode(theta, vertices=True), true))
-    baseline, *per_iteration = [summarize(e) for e in errors]
-    return {**per_iteration[-1], "per_iteration": per_iteration, "baseline": baseline}
+    of_baseline, *per_iteration = [summarize(e) for e in errors]
+    return {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline}
 
 
 # --------------------------------------------------------------------------------------------
 # 3. The training loop
 
-def learning_rate(step: int, config: Config) -> float:
+def lr_factor(step: int, config: Config) -> float:
     """Factor on both learning rates: 1, or one cycle (a linear rise, then a cosine to 0)."""
     if config.schedule == "constant":
         return 1.0
@@ -188,36 +198,37 @@ def learning_rate(step: int, config: Config) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (config.steps - rise))
 
 
-def train(config: Config, resume: bool = False) -> dict:
-    """Train, evaluate, write everything to config.out; return what metrics.json holds.
+def train(config: Config, checkpoint: dict | None = None) -> dict:
+    """Train, from the start or a checkpoint; evaluate; write all to config.out -> metrics.json's.
 
-    Raises ValueError (a folder that holds a run, no run to resume, a bad file) and
-    KeyboardInterrupt after saving.
+    Raises ValueError or OSError (a folder that holds a run, a bad file or option) and, once
+    Ctrl-C has been pressed and everything saved, KeyboardInterrupt(folder).
     """
     out, device = Path(config.out), torch.device(config.device)
-    checkpoint = open_run(out, config, resume)
+    if checkpoint is None:
+        refuse_a_used_folder(out)
     torch.manual_seed(config.seed)                                    # initialisation and dropout
     smpl = SMPL(config.smpl or None).to(device)
-    model, D, lr = build(config, smpl)
+    model, D, lr = build(config, smpl, checkpoint)
     world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch,
                             config.size, config.look, config.seed, device=device,
                             labels="half" if config.paired else "2d")
-    # Adam with its usual betas; "fused" is the same arithmetic in one kernel.
+    # Adam with its usual betas (fused: one kernel, the same up to rounding); no weight decay
     opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
     state = {"model": model, "discriminator": D, "opt_E": opt_E, "opt_D": opt_D}
     start, seconds = load_state(checkpoint, state) if checkpoint else (0, 0.0)
-    log = Log(out / "log.csv", config, start, seconds)
-    show = evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl, device)[0]
+    log = Log(out, config, lr, start, seconds)
+    shown = next(evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl, device))
     model.train(), D.train()
     with finish_the_step_first() as stopping:                         # on Ctrl-C
         for step in range(start, config.steps):
             for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
-                optimizer.param_groups[0]["lr"] = rate * learning_rate(step, config)
+                optimizer.param_groups[0]["lr"] = rate * lr_factor(step, config)
             batch = world.batch(0 if config.overfit else step)
             image = batch.image.contiguous(memory_format=torch.channels_last)
             thetas, pred = model(image)                               # T x (B, 85), decoded Theta_T
-            # All T iterations face the adversary, Theta_0 does not.
+            # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
             _, pose, betas = split_theta(torch.cat(thetas))           # (N, 72), (N, 10); N = B * T
             rotmats = pose_to_rotmats(pose)[:, 1:]                    # (N, 23, 3, 3) without root
 
@@ -235,7 +246,9 @@ def train(config: Config, resume: bool = False) -> dict:
             L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
             L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas,
                                batch.has_smpl)
-            D.requires_grad_(False)              # D judges, but does not learn from this step
+            # D has just learnt (the official code updates both from one forward pass); here it
+            # judges, and does not learn.
+            D.requires_grad_(False)
             L_adv = encoder_adversarial_loss(D(rotmats, betas))
             D.requires_grad_(True)
             L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl      # Eq. (4)
@@ -247,12 +260,13 @@ def train(config: Config, resume: bool = False) -> dict:
             log.add(step, [loss_E, L_kp, L_joints, L_smpl, L_adv, loss_D, real.mean(),
                            fake.mean(), betas.abs().mean()])
             if (step + 1) % config.picture_every == 0:
-                save_png(out / "pictures" / f"step_{step + 1:06d}.png", look(model, show))
+                save_png(out / "pictures" / f"step_{step + 1:06d}.png", overlays(model, shown))
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
-                save_state(out, config, state, step + 1, log.seconds())
+                log.require_finite(loss_E.item(), step)
+                save_state(log, state, step + 1)
             if stopping:
                 raise KeyboardInterrupt(out)
-    return finish(out, config, model, show, log)
+    return finish(model, shown, log)
 
 
 # ============================================================================================
@@ -260,27 +274,42 @@ def train(config: Config, resume: bool = False) -> dict:
 
 @contextlib.contextmanager
 def finish_the_step_first():
-    """Ctrl-C fills the list that this yields, so that a step is never left half done."""
+    """Ctrl-C fills the list that this yields, so that a step is never left half done; a second
+    Ctrl-C interrupts at once."""
     pressed = []
     if threading.current_thread() is not threading.main_thread():     # signals belong to the main
         yield pressed
         return
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def build(config: Config, smpl: SMPL) -> tuple[HMR, Discriminator, float]:
-    """-> model and discriminators on the device of `smpl`, and E's learning rate."""
+def build(config: Config, smpl: SMPL,
+          checkpoint: dict | None = None) -> tuple[HMR, Discriminator, float]:
+    """-> model and discriminators on the device of `smpl`, and E's learning rate.
+
+    With a checkpoint, its weights will follow and its learning rate holds: no ImageNet needed.
+    """
     device = smpl.v_template.device
     amp = torch.bfloat16 if config.amp == "auto" and native_bf16(device) else None
     model = HMR(smpl, config.depth, config.iterations, config.width, config.stem, config.plain,
                 config.dropout, config.rotation, amp)
-    loaded = load_pretrained(model.encoder, config)
+    if checkpoint:
+        lr = checkpoint["lr"]
+    else:
+        lr = config.lr if load_pretrained(model.encoder, config) else config.lr_scratch
+    if not smpl.mean_pose.any():
+        print(f"{smpl.name} holds no mean_pose: the regressor starts from the T-pose")
     model = model.to(device).to(memory_format=torch.channels_last)
-    return model, Discriminator().to(device), config.lr if loaded else config.lr_scratch
+    return model, Discriminator().to(device), lr
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -290,12 +319,12 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def load_pretrained(encoder: torch.nn.Module, config: Config) -> bool:
-    """Put ImageNet (or a FILE's) weights into the encoder; False, with a word, if there are none."""
+    """ImageNet's (or a FILE's) weights into the encoder; False, having said so, without any."""
     if config.pretrained == "none":
         return False
     if config.pretrained == "imagenet":
         try:
-            weights = torchvision.models.get_model_weights(f"resnet{config.depth}").DEFAULT
+            weights = torchvision.models.get_model_weights(f"resnet{config.depth}")["IMAGENET1K_V1"]
             weights = weights.get_state_dict(progress=False, check_hash=True)
         except Exception as error:
             print(f"no ImageNet weights ({type(error).__name__}: no network?); training from "
@@ -308,7 +337,8 @@ def load_pretrained(encoder: torch.nn.Module, config: Config) -> bool:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"--pretrained {config.pretrained}: not the weights of a ResNet-"
-                         f"{config.depth} of width {config.width}, stem {config.stem}: "
+                         f"{config.depth} of width {config.width}, stem {config.stem}"
+                         f"{', plain' if config.plain else ''}: "
                          f"{str(error).splitlines()[1].strip()}") from None
     return True
 
@@ -328,43 +358,41 @@ def load_file(path: Path, option: str) -> dict:
     return content
 
 
-def open_run(out: Path, config: Config, resume: bool) -> dict | None:
-    """Start a folder, never over another run; or -> the checkpoint to resume from."""
-    path = out / "checkpoint.pt"
-    if resume:
-        return load_checkpoint(path, "--resume")
-    if (out / "log.csv").exists() or path.exists():
+def refuse_a_used_folder(out: Path) -> None:
+    if (out / "checkpoint.pt").exists():
         raise ValueError(f"--out {out}: holds a run already; go on with it by --resume --out {out}"
                          f", or name another folder")
-    write_atomically(out / "config.json",
-                     json.dumps(dataclasses.asdict(config), indent=1).encode())
-    return None
+    if (out / "log.csv").exists():
+        raise ValueError(f"--out {out}: holds the log of a run that ended before its first "
+                         f"checkpoint, so --resume cannot help; delete it or name another folder")
 
 
 def load_checkpoint(path: Path, option: str) -> dict:
     checkpoint = load_file(path, option)
-    missing = {"model", "discriminator", "config", "step", "body"} - set(checkpoint)
+    missing = {"model", "discriminator", "opt_E", "opt_D", "config", "step", "body", "rng",
+               "seconds", "lr"} - set(checkpoint)
     if missing:
         raise ValueError(f"{option} {path}: lacks {', '.join(sorted(missing))}; expected a "
                          f"checkpoint written by train.py")
     unknown = set(checkpoint["config"]) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
-        raise ValueError(f"{option} {path}: holds the unknown settings {', '.join(unknown)}; it was "
-                         f"written by another version of train.py")
+        raise ValueError(f"{option} {path}: holds the unknown settings {', '.join(unknown)}; it "
+                         f"was written by another version of train.py")
     return checkpoint
 
 
-def save_state(out: Path, config: Config, state: dict, step: int, seconds: float) -> None:
-    """checkpoint.pt: everything a bit-identical continuation needs.  The body only by its hash."""
+def save_state(log: "Log", state: dict, step: int) -> None:
+    """checkpoint.pt: what a continuation needs, bit-identical on a CPU (on a GPU, atomic sums
+    differ from run to run).  The body is kept only as its name and hash."""
     smpl, rng = state["model"].smpl, {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
     content = {name: part.state_dict() for name, part in state.items()}
-    content |= {"step": step, "seconds": seconds, "rng": rng, "config": dataclasses.asdict(config),
-                "body": [smpl.name, smpl.sha256]}
+    content |= {"step": step, "seconds": log.seconds(), "rng": rng, "lr": log.lr,
+                "config": dataclasses.asdict(log.config), "body": [smpl.name, smpl.sha256]}
     file = io.BytesIO()
     torch.save(content, file)
-    write_atomically(out / "checkpoint.pt", file.getvalue())
+    write_atomically(log.out / "checkpoint.pt", file.getvalue())
 
 
 def load_state(checkpoint: dict, state: dict) -> tuple[int, float]:
@@ -386,47 +414,55 @@ def check_body(checkpoint: dict, smpl: SMPL) -> None:
 
 
 class Log:
-    """One fixed-width line, and one row of log.csv, for every `log_every` steps: their means."""
+    """One fixed-width line, and one row of log.csv, for every `log_every` steps: their means.
+
+    (After Ctrl-C between two lines, the first line of the continuation has fewer steps.)
+    """
     COLUMNS = ("step", "loss_E", "L_kp", "L_joints", "L_smpl", "L_adv", "loss_D", "D_real",
                "D_fake", "abs_beta", "img/s", "left")
 
-    def __init__(self, path: Path, config: Config, start: int, seconds: float):
-        self.path, self.config, self.start, self.before = path, config, start, seconds
-        self.values, self.begun, self.line_begun, self.line_step = [], None, None, start
-        rows = [self.COLUMNS]
-        if start and path.exists():             # a run that died after its last checkpoint: rewind
-            with open(path, newline="") as file:
-                rows += [r for r in list(csv.reader(file))[1:] if r and int(r[0]) <= start]
-        text = "".join(",".join(row) + "\n" for row in rows)
-        write_atomically(path, text.encode())
-        print("".join(f"{name:>9s}" for name in self.COLUMNS))
+    def __init__(self, out: Path, config: Config, lr: float, start: int, seconds: float):
+        self.out, self.config, self.lr, self.start, self.before = out, config, lr, start, seconds
+        self.values, self.path = [], out / "log.csv"
+        rows = [",".join(self.COLUMNS)]
+        if start and self.path.exists():        # a run that died after its last checkpoint: rewind
+            rows += [row for row in self.path.read_text().split("\n")[1:]
+                     if row and int(row.split(",")[0]) <= start]
+        self.rows = "\n".join(rows) + "\n"      # written with the first line, not before
+        print("".join(f"{name:>10s}" for name in self.COLUMNS))
         self.begun = self.line_begun = time.perf_counter()
 
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.begun
 
+    def require_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(f"the losses are no longer finite at step {step + 1}: lower --lr (or "
+                             f"--lr-scratch); {self.path} shows which term grew first")
+
     def add(self, step: int, values: list[Tensor]) -> None:
         self.values.append(torch.stack([v.detach() for v in values]))    # stays on the device
         if (step + 1) % self.config.log_every and step + 1 < self.config.steps:
             return
-        means = torch.stack(self.values).mean(0).tolist()                # the loop's only sync
+        means = torch.stack(self.values).mean(0).tolist()
         now = time.perf_counter()
         rate = len(self.values) * self.config.batch / (now - self.line_begun)
         left = (self.config.steps - step - 1) * (now - self.begun) / (step + 1 - self.start)
         clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-        print(f"{step + 1:9d}" + "".join(f"{m:9.4f}" for m in means) + f"{rate:9.0f}{clock:>9s}",
-              flush=True)
+        line = f"{step + 1:10d}" + "".join(f"{m:10.4g}" for m in means)
+        print(line + f"{rate:10.0f}{clock:>10s}", flush=True)
+        row = ",".join([str(step + 1), *(f"{m:.6g}" for m in means), f"{rate:.1f}", f"{left:.0f}"])
+        if self.rows is not None:
+            write_atomically(self.path, self.rows.encode())
+            self.rows = None
         with open(self.path, "a") as file:
-            file.write(",".join([str(step + 1), *(f"{m:.6g}" for m in means), f"{rate:.1f}",
-                                 f"{left:.0f}"]) + "\n")
-        if not all(map(math.isfinite, means)):
-            raise ValueError(f"the losses are no longer finite at step {step + 1}: lower --lr, or "
-                             f"look at log.csv for the term that grew first")
+            file.write(row + "\n")
+        self.require_finite(sum(means), step)
         self.values, self.line_begun = [], now
 
 
 @torch.no_grad()
-def look(model: HMR, batch: Batch) -> Tensor:
+def overlays(model: HMR, batch: Batch) -> Tensor:
     """input | overlay | turned 90 degrees of a few held-out pictures -> (3, B * 224, 3 * 224)."""
     was_training = model.training
     model.eval()
@@ -436,14 +472,14 @@ def look(model: HMR, batch: Batch) -> Tensor:
     return look_at(batch.image, pred.vertices, model.smpl.faces, pred.cam)
 
 
-def finish(out: Path, config: Config, model: HMR, show: Batch, log: Log) -> dict:
+def finish(model: HMR, shown: Batch, log: Log) -> dict:
     """The table, the picture and metrics.json of a finished run."""
-    seconds = log.seconds()
-    save_png(out / "picture.png", look(model, show))
+    out, config, seconds = log.out, log.config, log.seconds()
+    save_png(out / "picture.png", overlays(model, shown))
     metrics = evaluate(model, config, torch.device(config.device))
     metrics |= {"seconds": seconds, "images": config.steps * config.batch,
                 "device": device_name(config.device), "seed": config.seed,
-                "config": dataclasses.asdict(config)}
+                "config": dataclasses.asdict(config) | {"lr_used": log.lr}}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     print_table(metrics)
     print(f"{metrics['images']:,} pictures in {seconds / 60:.1f} min on {metrics['device']}; "
@@ -452,14 +488,14 @@ def finish(out: Path, config: Config, model: HMR, show: Batch, log: Log) -> dict
 
 
 def print_table(metrics: dict) -> None:
-    columns = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pck", "PCK@150 %"),
-               ("auc", "AUC %"), ("pve", "PVE mm"), ("px", "2D px/224"))
+    columns = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
+               ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"))
     print("held-out clips" + "".join(f"{title:>13s}" for _, title in columns))
     rows = [("Theta-bar", metrics["baseline"])]
     rows += [(f"iteration {t + 1}", m) for t, m in enumerate(metrics["per_iteration"])]
     for name, row in rows:
         print(f"{name:14s}" + "".join(f"{row[key]:13.1f}" for key, _ in columns))
-    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in columns]
+    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in columns[:4]]     # errors
     print(f"{'% of Theta-bar':14s}" + "".join(f"{s:13.0f}" for s in share))
 
 
@@ -476,10 +512,11 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
                                      allow_abbrev=False)
     parser.add_argument("--small", action="store_true",
                         help="a small network and world: prints what it changes")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with the run in --out, with its own settings")
-    parser.add_argument("--eval", metavar="CHECKPOINT", type=Path,
-                        help="only measure this checkpoint on the held-out clips")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true",
+                      help="go on with the run in --out, with its own settings")
+    mode.add_argument("--eval", metavar="CHECKPOINT", type=Path,
+                      help="only measure this checkpoint on the held-out clips")
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
             {"type": type(f.default), "choices": f.metadata["choices"]}
@@ -488,68 +525,85 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if hasattr(args, f.name)}
+    given.setdefault("out", "runs/small" if args.small else "runs/full")
     return given, args
 
 
-def make_config(given: dict, small: bool) -> Config:
-    """Defaults, then --small's differences (printed), then the flags that were given."""
-    changes = dict(given)
-    device = changes.get("device", "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+def make_config(given: dict, preset: dict) -> Config:
+    """The defaults, then a preset, then the flags that were given.  Raises ValueError."""
+    config = Config(**(preset | given))
+    if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
-    changes["device"] = device
-    changes.setdefault("out", "runs/small" if small else "runs/full")
-    preset = SMALL | (SMALL_CPU if device == "cpu" else {}) if small else {}
-    config = Config(**(preset | changes))
-    if small:
-        diff = [(f.name, f.default, getattr(config, f.name)) for f in dataclasses.fields(Config)
-                if f.name not in ("device", "out")]
-        print("--small changes:", ", ".join(f"{n} {a} -> {b}" for n, a, b in diff if a != b))
-        if device == "cpu" and "steps" not in given:
-            print(f"no GPU: {config.steps} steps instead of {SMALL['steps']}")
-    for name in ("width", "iterations", "size", "batch", "steps", "log_every", "picture_every",
-                 "save_every", "eval_pictures"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got "
-                             f"{getattr(config, name)}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"--dropout: expected 0 <= p < 1, got {config.dropout}")
+    at_least = {"width": 8, "iterations": 1, "size": 32, "batch": 2, "steps": 1, "log_every": 1,
+                "picture_every": 1, "save_every": 1, "eval_pictures": 1, "seed": 0, "dropout": 0,
+                "lr": 0, "lr_scratch": 0, "lr_d": 0, "weight_kp": 0, "weight_joints": 0,
+                "weight_smpl": 0, "weight_adv": 0}
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if not least <= value < 2 ** 63:                              # False for NaN too
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if config.dropout >= 1:
+        raise ValueError(f"--dropout: expected a probability below 1, got {config.dropout}")
     return config
+
+
+def pick_device(name: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def small_preset(given: dict) -> dict:
+    """--small's changes, printed; fewer steps where there is no GPU."""
+    preset = SMALL | (SMALL_CPU if given["device"] == "cpu" else {})
+    shown = {name: value for name, value in (preset | given).items()
+             if value != getattr(Config, name) and name not in ("device", "out")}
+    print("--small changes:", ", ".join(f"{n} {getattr(Config, n)} -> {v}"
+                                        for n, v in shown.items()))
+    if given["device"] == "cpu" and "steps" not in given:
+        print(f"no GPU: {preset['steps']} steps instead of {SMALL['steps']}")
+    return preset
+
+
+def config_of(checkpoint: dict, given: dict, allowed: set[str], option: str) -> Config:
+    """A checkpoint's own settings on this machine's device; only `allowed` flags may differ."""
+    for name in set(given) - allowed - {"device", "out"}:
+        raise ValueError(f"--{name.replace('_', '-')}: {option} keeps the run's own settings; "
+                         f"leave it out")
+    return make_config(given, checkpoint["config"])
 
 
 def run(argv: list[str] | None) -> None:
     given, args = parse(argv)
-    if args.eval or args.resume:
-        path = args.eval or Path(given.get("out", "runs/small" if args.small else "runs/full")
-                                 ) / "checkpoint.pt"
-        checkpoint = load_checkpoint(path, "--eval" if args.eval else "--resume")
-        # its own settings, on this machine's device, then whatever flags were given
-        saved = checkpoint["config"] | {"device": "auto", "out": str(path.parent)}
-        config = make_config(saved | given, small=False)
-        if args.resume:
-            train(config, resume=True)
-            return
-        device = torch.device(config.device)
-        smpl = SMPL(config.smpl or None).to(device)
+    given["device"] = pick_device(given.get("device", "auto"))
+    if args.eval:
+        checkpoint = load_checkpoint(args.eval, "--eval")
+        config = config_of(checkpoint, given, {"smpl", "eval_pictures"}, "--eval")
+        smpl = SMPL(config.smpl or None).to(config.device)
         check_body(checkpoint, smpl)
-        model, _, _ = build(dataclasses.replace(config, pretrained="none"), smpl)
+        model, _, _ = build(config, smpl, checkpoint)
         model.load_state_dict(checkpoint["model"])
-        print_table(evaluate(model, config, device))
-        return
-    train(make_config(given, args.small))
+        print_table(evaluate(model, config, torch.device(config.device)))
+    elif args.resume:
+        checkpoint = load_checkpoint(Path(given["out"]) / "checkpoint.pt", "--resume")
+        config = config_of(checkpoint, given, {"smpl", "steps", "log_every", "picture_every",
+                                               "save_every", "eval_pictures"}, "--resume")
+        if config.steps < checkpoint["step"]:
+            raise ValueError(f"--steps {config.steps}: the run has already done "
+                             f"{checkpoint['step']}")
+        train(config, checkpoint)
+    else:
+        train(make_config(given, small_preset(given) if args.small else {}))
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         run(argv)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\nstopped; saved: go on with  python train.py --resume --out {stop}" if stop.args
-              else "\nstopped outside the training loop: nothing to save", file=sys.stderr)
+              else "\nstopped outside the training loop; a checkpoint, if there was one, is kept",
+              file=sys.stderr)
         return 130
     return 0
 
