@@ -544,6 +544,18 @@ def test_the_whole_network(body, rotation, dim):
         model(torch.rand(3, 64, 64, 3))
 
 
+def test_mixed_precision_stays_in_the_encoder(body):
+    model = HMR(body, depth=18, width=16).eval()
+    images = torch.rand(2, 3, 64, 64)
+    exact = model(images)[0][-1]
+    model.amp = torch.bfloat16
+    thetas, out = model(images)
+    assert thetas[-1].dtype == out.keypoints3d.dtype == torch.float32, "SMPL and losses in float32"
+    # bf16 has 8 bits: some percent through 18 layers
+    close((thetas[-1] - exact).norm() / (exact - model.regressor.theta_bar).norm(), 0.0, 0.05,
+          "the encoder in bf16 must give nearly the same answer")
+
+
 # ============================================================================================
 # Sec. 3.1, Eq. (2): the camera
 
@@ -1045,6 +1057,15 @@ def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys
         with pytest.raises(SystemExit) as stop:
             train.main(arguments)
         assert stop.value.code == 2
+
+
+def test_imagenet_weights_load_into_the_encoder(tmp_path):
+    theirs = torchvision.models.resnet18(weights=None)
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    encoder = ResNet(18)
+    assert train.load_pretrained(encoder, train.Config(depth=18,
+                                                       pretrained=str(tmp_path / "resnet18.pth")))
+    assert torch.equal(encoder.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
 
 
 def test_the_learning_rate_rises_and_anneals():

@@ -155,11 +155,17 @@ def evaluation_pictures(config: Config, smpl: SMPL, device):
         yield Batch(*(field[:config.eval_pictures - first] for field in batch))
 
 
+def training_world(config: Config, smpl: SMPL, device) -> SyntheticPeople:
+    return SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch,
+                           config.size, config.look, config.seed, device=device,
+                           labels="half" if config.paired else "2d")
+
+
 def mean_camera(config: Config, smpl: SMPL, device) -> Tensor:
     """What a network that never looks would guess: the training world's mean camera (1, 3)."""
+    # pictures of 2 pixels: only the cameras are wanted
     world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), 512, size=2,
                             seed=EVALUATION_SEED, device=device, rng_device="cpu")
-    # pictures of 2 pixels: only the cameras are wanted
     return torch.cat([world.batch(step).cam for step in range(4)]).mean(0, keepdim=True)
 
 
@@ -201,18 +207,14 @@ def lr_factor(step: int, config: Config) -> float:
 def train(config: Config, checkpoint: dict | None = None) -> dict:
     """Train, from the start or a checkpoint; evaluate; write all to config.out -> metrics.json's.
 
-    Raises ValueError or OSError (a folder that holds a run, a bad file or option) and, once
-    Ctrl-C has been pressed and everything saved, KeyboardInterrupt(folder).
+    Raises ValueError, OSError (used folder, bad file); KeyboardInterrupt(folder) once it is saved.
     """
     out, device = Path(config.out), torch.device(config.device)
-    if checkpoint is None:
-        refuse_a_used_folder(out)
+    refuse_a_used_folder(out, resuming=checkpoint is not None)
     torch.manual_seed(config.seed)                                    # initialisation and dropout
     smpl = SMPL(config.smpl or None).to(device)
     model, D, lr = build(config, smpl, checkpoint)
-    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch,
-                            config.size, config.look, config.seed, device=device,
-                            labels="half" if config.paired else "2d")
+    world = training_world(config, smpl, device)
     # Adam with its usual betas (fused: one kernel, the same up to rounding); no weight decay
     opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
@@ -358,7 +360,9 @@ def load_file(path: Path, option: str) -> dict:
     return content
 
 
-def refuse_a_used_folder(out: Path) -> None:
+def refuse_a_used_folder(out: Path, resuming: bool) -> None:
+    if resuming:
+        return
     if (out / "checkpoint.pt").exists():
         raise ValueError(f"--out {out}: holds a run already; go on with it by --resume --out {out}"
                          f", or name another folder")
