@@ -18,6 +18,7 @@ axis, the length is the angle in radians.
 
 import argparse
 import hashlib
+import math
 import os
 import pickle
 import sys
@@ -302,9 +303,12 @@ class _Coo(_Sparse):
     kind = "coo"
 
 
+_NDARRAY = object()             # numpy.ndarray's name, nothing to call: no array of 10^12 zeros
+
+
 def _empty_array(subtype, shape, dtype):
-    # numpy pickles an array as "an empty one" and then sets its state; the shape asked for here is
-    # never used, so ignoring it also refuses an oversized allocation.
+    # numpy pickles an array as "an empty one" and then sets its state, whose bytes must be there;
+    # the shape asked for here is never used, so ignore it.
     return np.ndarray.__new__(np.ndarray, (0,), "b")
 
 
@@ -327,10 +331,11 @@ def _latin1(text, encoding="latin1"):
 
 class _BodyUnpickler(pickle.Unpickler):
     KNOWN = {
-        ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): np.dtype,
         ("copy_reg", "_reconstructor"): _reconstructor,
         ("copyreg", "_reconstructor"): _reconstructor,
         ("__builtin__", "object"): object, ("builtins", "object"): object,
+        ("__builtin__", "set"): set, ("builtins", "set"): set,        # chumpy: names of its fields
         ("_codecs", "encode"): _latin1,
         ("chumpy.ch", "Ch"): _Ch, ("chumpy", "Ch"): _Ch,
         ("chumpy.reordering", "Select"): _Select, ("chumpy.reordering", "Reshape"): _Reshape,
@@ -368,8 +373,14 @@ def _plain(value):
                 "coo": scipy.sparse.coo_matrix}[value.kind]
         inner = ((value.row, value.col),) if value.kind == "coo" else (value.indices, value.indptr)
         shape = getattr(value, "_shape", None) or value.shape
+        if math.prod(map(int, shape)) > 10 ** 8:
+            raise ValueError(f"a sparse matrix of shape {shape}")
         return np.asarray(make((value.data, *inner), shape=shape).todense())
     return value
+
+
+_KEYS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
+_OWN_KEYS = ("cocoplus_regressor", "mean_pose")    # HMR's; this project's
 
 
 def _read_raw(path: Path) -> dict:
@@ -387,7 +398,7 @@ def _read_raw(path: Path) -> dict:
         with open(path, "rb") as file:
             raw = _BodyUnpickler(file, encoding="latin1").load()
         if isinstance(raw, dict):
-            return {str(key): _plain(value) for key, value in raw.items()}
+            return {key: _plain(value) for key, value in raw.items() if key in _KEYS + _OWN_KEYS}
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused, {error}, which no SMPL body file needs; expected an "
                          f"official SMPL .pkl") from None
@@ -396,6 +407,27 @@ def _read_raw(path: Path) -> dict:
                          f"may be truncated, get the file again") from None
     raise ValueError(f"{path}: expected a pickled dict of SMPL arrays, found "
                      f"{type(raw).__name__}; use an official SMPL .pkl")
+
+
+def _approximate_keypoints(path: Path, raw: dict) -> np.ndarray:
+    """For official files without HMR's regressor: 19 keypoints from joints and skin -> (19, V).
+
+    Limbs and neck are J_regressor's rows, here applied to the posed skin; the face is five vertices
+    of the official mesh (the paper's footnote is one too high) and the head's top its highest
+    vertex.  Approximate: SMPL's hips, neck and ankles are not where LSP's annotators click.
+    """
+    template, J_regressor = (np.asarray(raw[k], np.float64) for k in ("v_template", "J_regressor"))
+    if template.shape != (6890, 3) or J_regressor.shape != (24, 6890):
+        raise ValueError(f"{path}: lacks cocoplus_regressor (the 19 keypoints), which can only be "
+                         f"approximated for SMPL's own mesh of 6890 vertices; use HMR's "
+                         f"neutral_smpl_with_cocoplus_reg.pkl")
+    print(f"{path.name} has no cocoplus_regressor: the 19 keypoints are approximate")
+    regressor = np.zeros((19, 6890))
+    for k, name in enumerate(KEYPOINT_NAMES[:13]):
+        regressor[k] = J_regressor[JOINT_NAMES.index(name)]
+    vertices = (template[:, 1].argmax(), 332, 2800, 6260, 583, 4071)    # head top, nose, eyes, ears
+    regressor[range(13, 19), vertices] = 1
+    return regressor
 
 
 def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -407,14 +439,12 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     raw = _read_raw(path)
-    wanted = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
-    missing = [key for key in wanted if key not in raw]
+    missing = [key for key in _KEYS if key not in raw]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; expected the keys of an SMPL file")
-    if "cocoplus_regressor" not in raw:
-        raise ValueError(f"{path}: lacks cocoplus_regressor (the 19 keypoints); use HMR's "
-                         f"neutral_smpl_with_cocoplus_reg.pkl")
     V = len(np.asarray(raw["v_template"]))
+    if "cocoplus_regressor" not in raw:
+        raw["cocoplus_regressor"] = _approximate_keypoints(path, raw)
     shapes = {"v_template": (V, 3), "shapedirs": (V, 3, 10), "posedirs": (V, 3, 207),
               "J_regressor": (24, V), "weights": (V, 24), "cocoplus_regressor": (19, V),
               "mean_pose": (72,)}
@@ -422,8 +452,9 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
     data = {}
     for key, shape in shapes.items():
         array = np.asarray(raw[key])
-        if key == "shapedirs" and array.ndim == 3:
-            array = array[:, :, :10]            # v1.1 files hold 300; HMR uses the first 10
+        if key == "shapedirs" and array.ndim == 3 and array.shape[2] > 10:
+            print(f"{path.name} has {array.shape[2]} betas: the first 10 are used, as in HMR")
+            array = array[:, :, :10]
         if array.shape != shape or array.dtype.kind not in "fiu":
             raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected numbers of "
                              f"shape {shape}; is it an SMPL file?")

@@ -304,23 +304,58 @@ def test_an_official_style_pickle_equals_the_npz(tmp_path, body):
     assert ours.parents == PARENTS and ours.name == "neutral.pkl"
 
 
-def test_chumpy_arrays_load_without_chumpy(tmp_path, body):
-    # A pickle that says "chumpy.ch.Ch", made with a stand-in module of that name.
-    package, module = types.ModuleType("chumpy"), types.ModuleType("chumpy.ch")
-    Ch = type("Ch", (), {"__module__": "chumpy.ch"})
-    package.ch, module.Ch = module, Ch
+def chumpy_node(module: str, name: str, **attributes):
+    """An object whose pickle says chumpy.<module>.<name>, without chumpy."""
+    cls = type(name, (), {"__module__": f"chumpy.{module}"})
+    node = vars(sys.modules[f"chumpy.{module}"]).setdefault(name, cls)()
+    node.__dict__.update(attributes)
+    return node
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_chumpy_arrays_load_without_chumpy(tmp_path, monkeypatch, body, capsys, protocol):
+    """chumpy 0.70's objects as official files hold them: Ch, and views of it, nested."""
+    for name in ("chumpy", "chumpy.ch", "chumpy.reordering"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     arrays = official_arrays()
-    for key in ("v_template", "shapedirs", "posedirs", "weights"):
-        ch = Ch()
-        ch.x = arrays[key].astype(np.float64)
-        arrays[key] = ch
-    sys.modules.update({"chumpy": package, "chumpy.ch": module})
-    try:
-        content = pickle.dumps(arrays, protocol=2)
-    finally:
-        del sys.modules["chumpy"], sys.modules["chumpy.ch"]
-    (tmp_path / "ch.pkl").write_bytes(content)
-    close(SMPL(tmp_path / "ch.pkl").v_template, body.v_template, 1e-7, "Ch.x is the array")
+    V = len(arrays["v_template"])
+    template, weights = (arrays[k].astype(np.float64) for k in ("v_template", "weights"))
+    order = np.random.default_rng(0).permutation(3 * V)
+    shuffled = np.empty(3 * V)
+    shuffled[order] = template.ravel()
+    arrays["v_template"] = chumpy_node(
+        "reordering", "Select", a=chumpy_node("ch", "Ch", x=shuffled), idxs=order,
+        preferred_shape=(V, 3), _dirty_vars=set())
+    arrays["weights"] = chumpy_node("reordering", "transpose",
+                                    a=chumpy_node("ch", "Ch", x=weights.T.copy()))
+    shapedirs = np.concatenate([arrays["shapedirs"], np.ones((V, 3, 290))], 2)    # as v1.1 files
+    arrays["shapedirs"] = chumpy_node("reordering", "Reshape", newshape=(V, 3, 300),
+                                      a=chumpy_node("ch", "Ch", x=shapedirs.ravel()))
+    (tmp_path / "ch.pkl").write_bytes(pickle.dumps(arrays, protocol=protocol))
+    for name in ("chumpy", "chumpy.ch", "chumpy.reordering"):
+        monkeypatch.delitem(sys.modules, name)
+    ours = SMPL(tmp_path / "ch.pkl")
+    for name in ("v_template", "weights", "shapedirs"):
+        close(getattr(ours, name), getattr(body, name), 1e-7, f"{name}: a wrong view of the array")
+    assert "300 betas: the first 10" in capsys.readouterr().out
+
+
+def test_without_hmrs_regressor_keypoints_are_approximate(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    V = 6890
+    joints = rng.dirichlet(np.ones(V) * 0.01, 24)
+    np.savez(tmp_path / "smpl.npz", v_template=rng.normal(size=(V, 3)), weights=np.eye(24)[
+        rng.integers(0, 24, V)], shapedirs=np.zeros((V, 3, 10)), posedirs=np.zeros((V, 3, 207)),
+        J_regressor=joints, f=np.array([[0, 1, 2]]), kintree_table=np.array([
+            [2 ** 32 - 1, *PARENTS[1:]], range(24)], dtype=np.uint32))
+    model = SMPL(tmp_path / "smpl.npz")
+    assert "approximate" in capsys.readouterr().out
+    out = model(torch.zeros(1, 10), torch.zeros(1, 72))
+    kp = dict(zip(KEYPOINT_NAMES, out.keypoints[0]))
+    close(kp["left_wrist"], out.joints[0, 20], 1e-5, "limbs are the skeleton's joints")
+    close(kp["left_eye"], model.v_template[2800], 1e-6, "0-based 2800; the paper says 2801")
+    close(kp["right_ear"], model.v_template[4071], 1e-6, "0-based 4071")
+    assert kp["head_top"][1] == model.v_template[:, 1].max()
 
 
 class Hostile:
@@ -332,7 +367,8 @@ class Hostile:
 
 
 @pytest.mark.parametrize("call", [(os.system, "touch hacked"), (eval, "open('hacked', 'w')"),
-                                  (getattr, os, "system"), (np.load, "x"), (bytearray, 10 ** 12)])
+                                  (getattr, os, "system"), (np.load, "x"), (bytearray, 10 ** 12),
+                                  (Hostile, os.system, "touch hacked")])
 def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.pkl"
@@ -915,7 +951,7 @@ def test_the_crop_has_the_official_size_and_jitter():
     visible[KEYPOINT_NAMES.index("right_ankle")] = 0
     _, points = data.crop_person(image, keypoints, visible)
     hip, shoulder = (points[KEYPOINT_NAMES.index(f"right_{n}")] for n in ("hip", "shoulder"))
-    close((hip - shoulder).norm() * 112, 75.0, 1e-3, "cut off above the ankles: the torso is 75 px of 224")
+    close((hip - shoulder).norm() * 112, 75.0, 1e-3, "no ankle visible: the torso is 75 px of 224")
     crop, _ = data.crop_person(image, keypoints, visible, shift=(-500, 0))
     assert crop[:, :, 0].std() > 0 and torch.equal(crop[:, :, 0], crop[:, :, 50]), \
         "beyond the picture its edge is repeated, not black"

@@ -89,8 +89,9 @@ class Config:
 
 
 # --small: printed as a diff from the above.
-SMALL = dict(depth=18, width=32, size=64, look="plain", upright=True, dropout=0.0,
-             pretrained="none", lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", steps=12_000)
+SMALL = dict(depth=18, width=32, size=48, look="plain", upright=True, dropout=0.0,
+             pretrained="none", rotation="6d", weight_joints=300.0, weight_smpl=120.0,
+             lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", steps=9_000)
 SMALL_CPU = dict(steps=3_000)      # without a GPU
 
 
