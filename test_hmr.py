@@ -580,6 +580,24 @@ def test_the_whole_network(body, rotation, dim):
         model(torch.rand(3, 64, 64, 3))
 
 
+def test_the_encoder_sees_imagenets_scale_and_the_last_theta_is_decoded(body):
+    model, seen = HMR(body, depth=18, width=8).eval(), []
+    model.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    image = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand(1, 3, 32, 32).clone()
+    image[..., 0] += torch.tensor([0.229, 0.224, 0.225])[:, None]
+    thetas, out = model(image)
+    close(seen[0][..., 1:], torch.zeros(1, 3, 32, 31), 1e-6, "not (x - mean) / std; BGR?")
+    close(seen[0][..., 0], torch.ones(1, 3, 32), 1e-5, "not (x - mean) / std; BGR?")
+    close(out.cam, thetas[-1][:, :3], 0, "the LAST Theta is decoded, not the first")
+    assert not torch.equal(thetas[0], thetas[-1])
+
+
+def test_batch_norm_averages_as_the_header_says():
+    for depth, count in ((18, 20), (50, 53)):
+        norms = [m for m in ResNet(depth).modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(norms) == count and {(m.momentum, m.eps) for m in norms} == {(0.1, 1e-5)}
+
+
 def test_mixed_precision_stays_in_the_encoder(body):
     model = HMR(body, depth=18, width=16).eval()
     images = torch.rand(2, 3, 64, 64)
@@ -731,6 +749,12 @@ def test_adversarial_losses():
     assert gradcheck(hmr.discriminator_loss, (scores.detach() + 1, scores))
 
 
+def test_real_is_pulled_to_1_and_fake_to_0():
+    real, fake = torch.ones(6, 25), torch.zeros(6, 25)
+    close(hmr.discriminator_loss(real, fake), 0.0, 0, "real and fake swapped: D would hate mocap")
+    close(hmr.discriminator_loss(fake, real), 50.0, 0, "(0 - 1)^2 + 1^2 for each of 25")
+
+
 def test_gradients_do_not_leak_between_encoder_and_discriminators(monkeypatch, tmp_path):
     """One real step of the loop, watched: what each backward leaves in E's and in D's .grad."""
     watched, after = {}, []
@@ -810,6 +834,27 @@ def test_pictures_and_the_pool_draw_from_one_distribution():
     close(betas.std(0), batch.betas.std(0), 0.25, "betas too")
 
 
+def test_the_pool_is_fresh_and_mixed_like_the_pictures(monkeypatch):
+    world = data.SyntheticPeople(SMPL(), data.load_mocap(True, False), 4, 4)
+    mixed, draw = [], data.draw_poses
+    monkeypatch.setattr(data, "draw_poses", lambda f, n, rng, mix:
+                        mixed.append(mix) or draw(f, n, rng, mix))
+    (pool, betas), (later, other) = world.motion(8, 0), world.motion(8, 1)
+    world.batch(0)
+    assert not torch.equal(pool, later) and not torch.equal(betas, other), "D's pool must go on"
+    assert mixed == [True] * 3, "pool and pictures must mix alike, else D rejects true labels"
+
+
+def test_training_never_sees_the_held_out_clips(monkeypatch, body):
+    asked, load = [], data.load_mocap
+    monkeypatch.setattr(train, "load_mocap", lambda upright, held_out:
+                        asked.append(held_out) or load(upright, held_out))
+    config = tiny(Path("x"))
+    train.training_world(config, body, "cpu")
+    next(train.evaluation_pictures(config, body, "cpu"))
+    assert asked == [False, True], "train on the training clips, measure on the held-out ones"
+
+
 def plane(corners, z) -> Tensor:
     return torch.tensor([[*c, z] for c in corners], dtype=torch.float32)
 
@@ -855,6 +900,17 @@ def test_rendering_uses_exactly_the_camera_of_the_loss(body):
     close(batch.keypoints2d, hmr.project(out.keypoints, batch.cam), 0, "labels and picture differ")
 
 
+def test_shading_interpolates_at_pixel_centres():
+    size = 8                                  # a pattern that grows with x: brightness tells where
+    v = torch.tensor([[[-1.0, -1, 0], [-1, 1, 0], [1, 1, 0], [1, -1, 0]]])
+    f = torch.tensor([[0, 1, 2], [0, 2, 3]])
+    image = data.render(v, f, torch.tensor([[1.0, 0, 0]]), size, torch.ones(2, 3),
+                        torch.zeros(1, 3, size, size), torch.tensor([[0.0, 0, -1]]),
+                        (v[..., 0] + 1) / 2)
+    expected = ((torch.arange(size) + 0.5) / size).expand(3, size, size)
+    close(image[0], expected, 1e-5, "colours are sampled at i + 0.5, as the silhouette is")
+
+
 def test_mirroring_is_exactly_x_to_minus_x(body):
     v = torch.randn(1, 30, 3) * torch.tensor([0.5, 0.5, 0.1])
     f = torch.randint(30, (40, 3), generator=torch.Generator().manual_seed(0))
@@ -878,6 +934,15 @@ def test_flipping_a_batch_flips_every_label(body):
     close(flipped.rotmats, expected, 1e-5, "matrices and axis-angles must flip alike")
     again = data.flip_batch(flipped)
     assert all(torch.equal(x, y) for x, y in zip(again, batch)), "twice is the identity"
+
+
+def test_flipping_takes_picture_and_visibility_along(body):
+    batch = data.SyntheticPeople(body, data.load_mocap(True, False), 4, 16).batch(0)
+    flipped = data.flip_batch(batch)
+    assert torch.equal(flipped.image, batch.image.flip(-1)), "labels flipped, the picture not"
+    for i, name in enumerate(KEYPOINT_NAMES):
+        assert torch.equal(flipped.visible[:, i], batch.visible[:, FLIP_KEYPOINTS[i]]), \
+            f"{name}: visibility must change sides with its point"
 
 
 def test_a_batch_is_a_function_of_seed_step_and_rank(body):
@@ -983,6 +1048,16 @@ def test_procrustes_does_not_reflect_and_is_the_best():
         assert ((moved - target).square().sum((1, 2)) >= best - 1e-9).all(), "not least squares"
 
 
+def test_procrustes_scale_is_the_best_even_for_a_mirrored_body():
+    target = torch.randn(10, 14, 3).double()
+    source = target * torch.tensor([-1.0, 1, 1])
+    source[:5] = torch.randn(5, 14, 3)
+    aligned = train.compute_similarity_transform(source, target)
+    a, t = (x - x.mean(1, keepdim=True) for x in (aligned, target))
+    # least squares: d/ds |t - s a|^2 = 0 at s = 1
+    close(((t - a) * a).sum((1, 2)), torch.zeros(10), 1e-10, "the scale needs the flipped sign too")
+
+
 def test_the_measures_on_a_known_error(body):
     batch = data.SyntheticPeople(body, data.load_mocap(True, True), 3, 8, labels="all").batch(0)
     out = body(batch.betas, batch.rotmats)
@@ -1004,8 +1079,93 @@ def test_the_measures_on_a_known_error(body):
     close(result["auc"], 100 * 13 / 14, 1e-3, "and beyond every threshold from 0 to 150")
 
 
+def test_errors_are_centred_at_the_hips_and_the_thresholds_are_3dhps(body):
+    batch = data.SyntheticPeople(body, data.load_mocap(True, True), 2, 8, labels="all").batch(0)
+    out = body(batch.betas, batch.rotmats)
+    true = hmr.HMROutput(batch.rotmats, batch.betas, batch.cam, out.joints, out.keypoints,
+                         batch.keypoints2d, out.vertices)
+    ankle = true.keypoints3d.clone()
+    ankle[:, 0, 0] += 0.1                                             # keypoint 0 = right ankle
+    errors = train.pose_errors(true._replace(keypoints3d=ankle), true)
+    close(errors["mpjpe"][:, 0], torch.full((2,), 100.0), 1e-2, "centred at keypoint 0?")
+    close(errors["mpjpe"][:, 1:], torch.zeros(2, 13), 1e-2, "only the ankle is off: centre at hips")
+    for mm, n in ((0.0, 31), (2.5, 30), (72.5, 16), (147.5, 1), (150.0, 1), (150.5, 0)):
+        close(train.summarize([{"mpjpe": torch.full((1, 14), mm)}])["auc"], 100 * n / 31, 1e-4,
+              f"{mm} mm is within {n} of the 31 thresholds 0, 5 .. 150")
+
+
+def test_evaluation_is_in_eval_mode_and_training_mode_comes_back(body, monkeypatch):
+    model, modes = HMR(body, depth=18, width=8, stem="light").train(), []
+    model.register_forward_pre_hook(lambda m, _: modes.append(
+        any(part.training for part in m.modules())))
+    monkeypatch.setattr(train, "mean_camera", lambda *_: torch.tensor([[0.9, 0, 0]]))
+    config = tiny(Path("x"))
+    train.overlays(model, next(train.evaluation_pictures(config, body, "cpu")))
+    assert model.training, "after a picture, training must go on in train mode"
+    train.evaluate(model, config, torch.device("cpu"))
+    assert modes == [False, False], "batch norm and dropout must be in eval mode: model.eval()"
+
+
 # ============================================================================================
 # Sec. 3.4: training
+
+def test_the_loop_gives_every_loss_and_optimiser_its_own(monkeypatch, tmp_path):
+    """Two real steps of the loop, watched; all weights differ, and one body lacks SMPL labels."""
+    losses = ("keypoint_loss", "joints3d_loss", "smpl_loss", "encoder_adversarial_loss")
+    seen = {name: [] for name in ("HMR", "D", "adam", "log", "graded", *losses)}
+    for name in losses:
+        def spy(*args, name=name, original=getattr(train, name)):
+            seen[name].append((args, original(*args)))
+            return seen[name][-1][1]
+        monkeypatch.setattr(train, name, spy)
+
+    def note(cls, method, key, what):
+        original = getattr(cls, method)
+
+        def noted(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            seen[key].append(what(self, args, result))
+            return result
+        monkeypatch.setattr(cls, method, noted)
+    note(HMR, "forward", "HMR", lambda m, a, r: (m.training, r[0]))
+    note(Discriminator, "forward", "D", lambda d, a, r: a)
+    note(train.Log, "add", "log", lambda _, a, r: a[1])
+    batch, adam = data.SyntheticPeople.batch, torch.optim.Adam
+    zero_grad = adam.zero_grad
+
+    def like_3dhp(world, step):                                # picture 2 has joints but no SMPL
+        b = batch(world, step)
+        return b if world.batch_size != 4 else b._replace(
+            has_smpl=b.has_3d * torch.tensor([1.0, 0, 0, 0]))
+    monkeypatch.setattr(data.SyntheticPeople, "batch", like_3dhp)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *a, **k:
+                        seen["adam"].append(adam(*a, **k)) or seen["adam"][-1])
+    monkeypatch.setattr(adam, "zero_grad", lambda o, *a, **k:
+                        seen["graded"].append(seen["adam"].index(o)) or zero_grad(o, *a, **k))
+    monkeypatch.setattr(train, "finish", lambda *args: {})
+    config = tiny(tmp_path / "run", steps=2, weight_kp=2.0, weight_joints=3.0, weight_smpl=5.0,
+                  weight_adv=7.0, lr_d=1e-2, schedule="onecycle")
+    train.train(config)
+
+    assert all(mode for mode, _ in seen["HMR"]), "training needs model.train()"
+    assert seen["graded"] == [1, 0] * 2, "each optimiser's zero_grad once a step, D's first"
+    for step, (real, fake, judged) in enumerate([seen["D"][:3], seen["D"][3:]]):
+        _, pose, betas = hmr.split_theta(torch.cat(seen["HMR"][step][1]))
+        for shown in (fake, judged):
+            assert len(shown[0]) == 12, "Theta_1 .. Theta_T, neither Theta_0 nor only Theta_T"
+            close(shown[0], hmr.pose_to_rotmats(pose)[:, 1:], 0, "D sees joints 1 to 23: no root")
+            close(shown[1], betas, 0, "and the betas of the same Thetas")
+        assert len(real[0]) == 12, "as many real as fake"
+    assert not torch.equal(seen["D"][0][0], seen["D"][3][0]), "the real samples must change"
+    assert seen["joints3d_loss"][0][0][2].tolist() == [1, 0, 1, 0], "L_joints: masked by has_3d"
+    assert seen["smpl_loss"][0][0][4].tolist() == [1, 0, 0, 0], "L_smpl: masked by has_smpl"
+    total = sum(w * seen[name][0][1] for w, name in zip((2, 3, 5, 7), losses))    # Eq. (1)
+    close(seen["log"][0][0], total, 1e-4, "a loss has lost its weight, or has another's")
+    for optimizer, rate in zip(seen["adam"], (config.lr_scratch, config.lr_d)):
+        (group,) = optimizer.param_groups
+        assert group["weight_decay"] == 0, "the official weight decay is never read"
+        close(group["lr"], rate * train.lr_factor(1, config), 1e-12, "E and D: own rate, one cycle")
+
 
 def test_one_batch_overfits(tmp_path):
     """Before anything about data: can the network learn one batch by heart?"""
@@ -1050,7 +1210,12 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
     assert weights_of(tmp_path / "parts")["step"] == 4, "the step under way is finished first"
     monkeypatch.setattr(data.SyntheticPeople, "batch", batch)
+    with open(tmp_path / "parts" / "log.csv", "a") as log:            # died after its checkpoint
+        log.write("6" + ",0" * 11 + "\n")
+    stopped = weights_of(tmp_path / "parts")
+    torch.save(stopped | {"seconds": 1000.0}, tmp_path / "parts" / "checkpoint.pt")
     assert train.main(["--resume", "--out", parts]) == 0
+    assert weights_of(tmp_path / "parts")["seconds"] > 1000, "the clock must go on"
     a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     for key in ("model", "discriminator", "opt_E", "opt_D", "rng", "step"):
         assert same(a[key], b[key]), f"{key} differs after resuming (dropout's RNG? Adam's state?)"
