@@ -1292,6 +1292,20 @@ def test_importing_runs_nothing():
 # ============================================================================================
 # The README's commands, in a short form
 
+def test_every_equation_of_the_paper_is_tagged_where_it_is_computed():
+    code = (HERE / "hmr.py").read_text() + (HERE / "train.py").read_text()
+    tagged = [line for line in code.split("\n") if re.search(r"# Eq\. \(\d\)$", line)]
+    numbers = sorted({int(line[-2]) for line in tagged})
+    assert numbers == list(range(1, 9)), f"HMR has Eqs. (1) to (8); tagged are {numbers}"
+    assert all(line.split("#")[0].strip() for line in tagged), "a tag stands behind code"
+
+
+def test_the_tests_that_the_readme_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text()))
+    missing = {name for name in named if name not in globals()}
+    assert len(named) > 10 and not missing, f"README names tests that do not exist: {missing}"
+
+
 def readme_commands() -> list[str]:
     text = (HERE / "README.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", text, re.S)

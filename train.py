@@ -3,7 +3,7 @@
 Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
 
     python train.py --small --overfit --steps 100   # a minute on a laptop: is one batch learnt?
-    python train.py --small                         # minutes on a GPU, under 20 on two CPU cores
+    python train.py --small                         # under 20 minutes on two CPU cores
     python train.py --eval runs/small/checkpoint.pt # the table again
     python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
     python train.py --resume --out runs/small       # go on after Ctrl-C
@@ -91,7 +91,8 @@ class Config:
 # --small: printed as a diff from the above.  A few hundred thousand small pictures instead of 43
 # million: learning rates a hundred times larger, annealed (E's to D's still 1:10); no dropout
 # (nothing is seen twice); joints and rotations weigh more against the adversary, and 6D rotations
-# have no seam that a body turning round must jump over.  Each was ahead in trials of equal length.
+# have no seam that a body turning round must jump over (these two, and 48 px without a GPU, were
+# ahead in trials of equal length).
 SMALL = dict(depth=18, width=32, size=64, look="plain", upright=True, dropout=0.0,
              pretrained="none", rotation="6d", weight_joints=300.0, weight_smpl=120.0,
              lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", batch=256, steps=8_000)
