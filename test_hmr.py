@@ -914,7 +914,7 @@ def test_shading_interpolates_at_pixel_centres():
 def test_mirroring_is_exactly_x_to_minus_x(body):
     v = torch.randn(1, 30, 3) * torch.tensor([0.5, 0.5, 0.1])
     f = torch.randint(30, (40, 3), generator=torch.Generator().manual_seed(0))
-    cam, mirrored = torch.tensor([[1.0, 0, 0]]), v * torch.tensor([-1.0, 1, 1])
+    mirrored = v * torch.tensor([-1.0, 1, 1])
     a = data.rasterize(v, f, 32) >= 0
     b = data.rasterize(mirrored, f[:, [0, 2, 1]], 32) >= 0            # mirroring turns faces round
     # a centre exactly on an edge may round differently
@@ -1319,7 +1319,6 @@ def test_readmes_commands_run(tmp_path, monkeypatch):
         assert any(script in c for c in commands), f"README must show {script}"
     monkeypatch.chdir(tmp_path)
     mains = {"smpl.py": smpl_module.main, "hmr.py": hmr.main, "data.py": data.main}
-    checkpoint = None
     for command in dict.fromkeys(commands):
         _, script, *arguments = shlex.split(command)
         if "FILE" in command:

@@ -253,9 +253,7 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
             L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
             L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas,
                                batch.has_smpl)
-            # D has just learnt (the official code updates both from one forward pass); here it
-            # judges, and does not learn.
-            D.requires_grad_(False)
+            D.requires_grad_(False)   # it judges, having learnt first (official code: both at once)
             L_adv = encoder_adversarial_loss(D(rotmats, betas))
             D.requires_grad_(True)
             L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl      # Eq. (4)
@@ -269,8 +267,7 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
             if (step + 1) % config.picture_every == 0:
                 save_png(out / "pictures" / f"step_{step + 1:06d}.png", overlays(model, shown))
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
-                log.require_finite(loss_E.item(), step)
-                save_state(log, state, step + 1)
+                save_state(log, state, step + 1, loss_E.item())
             if stopping:
                 raise KeyboardInterrupt(out)
     return finish(model, shown, log)
@@ -390,9 +387,11 @@ def load_checkpoint(path: Path, option: str) -> dict:
     return checkpoint
 
 
-def save_state(log: "Log", state: dict, step: int) -> None:
+def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
     """checkpoint.pt: what a continuation needs, bit-identical on a CPU (on a GPU, atomic sums
-    differ from run to run).  The body is kept only as its name and hash."""
+    differ from run to run).  The body is kept only as its name and hash.  A good checkpoint is
+    never replaced by one of NaNs."""
+    log.require_finite(loss, step - 1)
     smpl, rng = state["model"].smpl, {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
