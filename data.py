@@ -30,7 +30,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from hmr import project
-from smpl import FLIP_JOINTS, FLIP_KEYPOINTS, SMPL, batch_rodrigues, write_atomically
+from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, SMPL, batch_rodrigues, exit_status,
+                  write_atomically)
 
 # --------------------------------------------------------------------------------------------
 # 1. Poses: recorded motion (Sec. 3.3: the adversarial prior's real samples)
@@ -553,15 +554,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="out", help="folder for data.png")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    rows = []
-    try:
-        smpl = SMPL()
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
+    return exit_status("data.py", lambda: _contact_sheet(Path(args.out) / "data.png", args.seed))
+
+
+def _contact_sheet(path: Path, seed: int) -> None:
+    smpl, rows = SMPL(), []
     for look, upright, size in (("plain", True, 64), ("hard", False, 224)):
         frames = load_mocap(upright, held_out=False)
-        batch = SyntheticPeople(smpl, frames, 16, size, look, args.seed).batch(0)
+        batch = SyntheticPeople(smpl, frames, 16, size, look, seed).batch(0)
         print(f"look {look!r:8s} {size} px: image {tuple(batch.image.shape)}, "
               f"{batch.visible.mean():.0%} of keypoints labelled, "
               f"{batch.has_3d.mean():.0%} of pictures with 3D, {len(frames)} mocap frames")
@@ -569,9 +569,8 @@ def main(argv: list[str] | None = None) -> int:
         drawn = [draw_points(i, k, visible=v) if n % 2 else i for n, (i, k, v) in
                  enumerate(zip(image, batch.keypoints2d, batch.visible))]
         rows += [torch.cat(drawn[:8], 2), torch.cat(drawn[8:], 2)]
-    save_png(Path(args.out) / "data.png", torch.cat(rows, 1))
-    print(f"wrote {Path(args.out) / 'data.png'}: --small's world above, the full world below")
-    return 0
+    save_png(path, torch.cat(rows, 1))
+    print(f"wrote {path}: --small's world above, the full world below")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smpl import SMPL, batch_rodrigues, rot6d_to_rotmat
+from smpl import SMPL, batch_rodrigues, exit_status, rot6d_to_rotmat
 
 # --------------------------------------------------------------------------------------------
 # 1. The image encoder (Sec. 3.4; slides: ResNet)
@@ -440,6 +440,10 @@ def count_multiply_adds(network: ResNet, size: int = 224) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(description="Print shapes and known values of HMR.").parse_args(argv)
+    return exit_status("hmr.py", _demo)
+
+
+def _demo() -> None:
     torch.manual_seed(0)
     print("slides' table, 1e9 multiply-adds at 224 px:  v1 stride | torchvision's | slides")
     for depth, slides in zip(RESNETS, (1.8, 3.6, 3.8, 7.6, 11.3)):
@@ -462,7 +466,6 @@ def main(argv: list[str] | None = None) -> int:
             ("discriminators' outputs", tuple(scores.shape), "(2, 25)"),
             ("L_adv(E) if D says 0", encoder_adversarial_loss(0 * scores).item(), "25")]:
         print(f"  {what:38s} {got!s:38s} expected {expected}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import os
 import pickle
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -257,6 +257,16 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         raise
 
 
+def exit_status(program: str, run: Callable[[], None]) -> int:
+    """Run a command; bad input (ValueError, OSError) becomes one sentence and exit status 2."""
+    try:
+        run()
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 # SMPL's official files are Python-2 pickles of chumpy and scipy objects.  A plain `pickle.load`
 # runs whatever the file says and needs chumpy, which no longer imports.  This unpickler knows the
 # few names such files contain, replaces each by an inert stand-in, and refuses any other.
@@ -480,11 +490,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smpl", metavar="FILE", help="an SMPL .npz or .pkl (default: open body)")
     parser.add_argument("--out", default="out", help="folder for smpl.obj and smpl.png")
     args = parser.parse_args(argv)
-    try:
-        smpl = SMPL(args.smpl)
-    except (ValueError, OSError) as error:
-        print(f"smpl.py: {error}", file=sys.stderr)
-        return 2
+    return exit_status("smpl.py", lambda: _demo(SMPL(args.smpl), Path(args.out)))
+
+
+def _demo(smpl: SMPL, out: Path) -> None:
     print(f"{smpl.name}  sha256 {smpl.sha256[:12]}  V = {len(smpl.v_template)}  "
           f"F = {len(smpl.faces)}")
     betas, pose = torch.zeros(1, 10), torch.zeros(1, 72)
@@ -503,8 +512,7 @@ def main(argv: list[str] | None = None) -> int:
             ("keypoints-only path minus full path, m",
              f"{(fast.keypoints - rest.keypoints).abs().max():.1e}", "below 1e-6")]:
         print(f"  {what:40s} {got!s:18s} expected {expected}")
-    _demo_pictures(smpl, Path(args.out))
-    return 0
+    _demo_pictures(smpl, out)
 
 
 def _demo_pictures(smpl: SMPL, out: Path) -> None:

@@ -1283,6 +1283,15 @@ def test_the_defaults_are_the_official_recipe():
     assert (c.dropout, c.schedule, c.rotation) == (0.5, "constant", "axis-angle")
 
 
+def test_every_demo_reports_bad_input_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smpl_module, "OPEN_BODY", tmp_path / "absent.npz")
+    monkeypatch.setattr(hmr, "RESNETS", {})                           # skip hmr.py's slow table
+    for name, main in (("smpl.py", smpl_module.main), ("hmr.py", hmr.main), ("data.py", data.main)):
+        assert main([]) == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith(f"{name}: ") and "absent.npz" in error and error.count("\n") == 1
+
+
 def test_importing_runs_nothing():
     code = "import sys; sys.argv = ['x', '--nonsense']; import smpl, hmr, data, train"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)

@@ -32,7 +32,7 @@ from data import Batch, SyntheticPeople, load_mocap, look_at, save_png
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
                  encoder_adversarial_loss, joints3d_loss, keypoint_loss, pose_to_rotmats,
                  smpl_loss, split_theta)
-from smpl import SMPL, write_atomically
+from smpl import SMPL, exit_status, write_atomically
 
 # --------------------------------------------------------------------------------------------
 # 1. Hyperparameters.  Losses, batch, steps and rates are the official do_train.sh's (the official
@@ -125,11 +125,11 @@ def pose_errors(pred, true) -> dict[str, Tensor]:
     mpjpe (B, 14), pa_mpjpe (B, 14), pve (B, V) in mm; px (B, 19) in pixels of a 224 crop.
     MPJPE (official code) and PVE after moving both bodies' hip midpoints to the origin.
     """
-    p, t = center_hips(pred.keypoints3d), center_hips(true.keypoints3d)           # (B, 19, 3)
-    hips_p = pred.keypoints3d[:, :1] - p[:, :1]                       # (B, 1, 3)
-    hips_t = true.keypoints3d[:, :1] - t[:, :1]
+    # keypoints and skin in one go: the hips that center it come first
+    p, t = (center_hips(torch.cat([body.keypoints3d[:, :LSP], body.vertices], 1))
+            for body in (pred, true))                                 # (B, 14 + V, 3)
+    vertex = p[:, LSP:] - t[:, LSP:]                                  # (B, V, 3)
     p, t = p[:, :LSP], t[:, :LSP]                                     # (B, 14, 3)
-    vertex = (pred.vertices - hips_p) - (true.vertices - hips_t)      # (B, V, 3)
     return {"mpjpe": 1000 * (p - t).norm(dim=-1),
             "pa_mpjpe": 1000 * (compute_similarity_transform(p, t) - t).norm(dim=-1),
             "pve": 1000 * vertex.norm(dim=-1),
@@ -215,7 +215,8 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
     Raises ValueError, OSError (used folder, bad file); KeyboardInterrupt(folder) once it is saved.
     """
     out, device = Path(config.out), torch.device(config.device)
-    refuse_a_used_folder(out, resuming=checkpoint is not None)
+    if not checkpoint:
+        refuse_a_used_folder(out)
     torch.manual_seed(config.seed)                                    # initialisation and dropout
     smpl = SMPL(config.smpl or None).to(device)
     model, D, lr = build(config, smpl, checkpoint)
@@ -362,9 +363,7 @@ def load_file(path: Path, option: str) -> dict:
     return content
 
 
-def refuse_a_used_folder(out: Path, resuming: bool) -> None:
-    if resuming:
-        return
+def refuse_a_used_folder(out: Path) -> None:
     if (out / "checkpoint.pt").exists():
         raise ValueError(f"--out {out}: holds a run already; go on with it by --resume --out {out}"
                          f", or name another folder")
@@ -605,16 +604,12 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(argv)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        return exit_status("train.py", lambda: run(argv))
     except KeyboardInterrupt as stop:
         print(f"\nstopped; saved: go on with  python train.py --resume --out {stop}" if stop.args
               else "\nstopped outside the training loop; a checkpoint, if there was one, is kept",
               file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
