@@ -14,6 +14,7 @@ axis, the length is the angle in radians.
 
     python smpl.py               # shapes and known values, out/smpl.obj, out/smpl.png
     python smpl.py --smpl FILE   # the same with an official SMPL file: checks that it loads
+    python smpl.py --bench       # speed against the textbook's way
 """
 
 import argparse
@@ -21,7 +22,11 @@ import hashlib
 import math
 import os
 import pickle
+import statistics
 import sys
+import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -162,6 +167,107 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     return vertices, joints
 
 
+# --------------------------------------------------------------------------------------------
+# The same function, fast (skip this at a first reading; a test holds it equal to `lbs`).
+#
+# Every training step pays for SMPL, and most of the textbook's time goes into writing (B, V, 4, 4)
+# numbers to memory and reading them back.  Four changes:
+#   - D = [shapedirs | posedirs | template]: steps 1 and 3 are ONE product with [betas, R - I, 1];
+#   - step 2 is linear, so J_regressor is applied once, to the directions, not to every body;
+#   - step 4 composes rotations in 4 rounds instead of 23 products one after the other;
+#   - the batch is the innermost axis, so steps 3 and 5 are two tall matrix products, taken slab by
+#     slab of vertices that stay in the cache; the backward pass is written out to do the same.
+
+SLAB = 2 ** 19              # numbers of T in a slab, 2 MiB in float32; a GPU takes all at once
+
+
+class _Skin(torch.autograd.Function):
+    """features (218, B), A (24, 12, B), D (3V, 218), weights (V, 24) -> vertices (V, 3, B).
+
+    v = D f,  T = W A,  v'_i = sum_k T_ik v_k + T_i3  (i, k = x, y, z), and backwards, from dv'_i:
+    dv_k = sum_i T_ik dv'_i,  dT_ik = dv'_i v_k,  dT_i3 = dv'_i,  df = D^T dv,  dA = W^T dT.
+    T is not kept for the backward pass: computing it again is cheaper than reading it back.
+    """
+
+    @staticmethod
+    def slabs(weights: Tensor, B: int) -> list[tuple[slice, slice, int]]:
+        V = len(weights)                            # rows of W, rows of D, how many vertices
+        n = V if weights.is_cuda else max(64, SLAB // (12 * B))
+        return [(slice(i, i + n), slice(3 * i, 3 * (i + n)), min(n, V - i)) for i in range(0, V, n)]
+
+    @staticmethod
+    def forward(ctx, features, A, D, weights):
+        V, B = len(weights), features.shape[1]
+        posed, out = features.new_empty(V, 3, B), features.new_empty(V, 3, B)
+        for rows, rows3, n in _Skin.slabs(weights, B):
+            v = posed[rows]                                           # (n, 3, B)
+            torch.mm(D[rows3], features, out=v.view(3 * n, B))
+            T = (weights[rows] @ A.flatten(1)).view(n, 3, 4, B)
+            torch.addcmul(T[:, :, 3], T[:, :, 0], v[:, None, 0], out=out[rows])   # T_i3 + T_i0 v_0
+            out[rows].addcmul_(T[:, :, 1], v[:, None, 1]).addcmul_(T[:, :, 2], v[:, None, 2])
+        ctx.save_for_backward(posed, A, D, weights)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        posed, A, D, weights = ctx.saved_tensors
+        B = grad.shape[2]
+        d_features, dA = A.new_zeros(D.shape[1], B), torch.zeros_like(A)
+        for rows, rows3, n in _Skin.slabs(weights, B):
+            g, v = grad[rows].contiguous(), posed[rows]               # (n, 3, B) each
+            T = (weights[rows] @ A.flatten(1)).view(n, 3, 4, B)
+            dv = T[:, 0, :3] * g[:, :1]                               # (n, 3, B)
+            dv.addcmul_(T[:, 1, :3], g[:, 1:2]).addcmul_(T[:, 2, :3], g[:, 2:])
+            d_features.addmm_(D[rows3].T, dv.view(3 * n, B))
+            dT = T                                                    # its memory, used again
+            torch.mul(g[:, :, None], v[:, None], out=dT[:, :, :3])
+            dT[:, :, 3] = g
+            dA.flatten(1).addmm_(weights[rows].T, dT.view(n, 12 * B))
+        return d_features, dA, None, None
+
+
+def fast_lbs(betas: Tensor, rotmats: Tensor, directions: Tensor, joint_directions: Tensor,
+             ancestors: Tensor, chains: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`lbs` from prepared constants, at half its price or less; not twice differentiable.
+
+    betas (B, 10), rotmats (B, 24, 3, 3), directions (3V, 218), joint_directions (72, 11),
+    weights (V, 24), and from `kinematic_tables`: ancestors (rounds, 25), chains (24, 24)
+    -> vertices (B, V, 3), a view with the batch innermost in memory, and joints (B, 24, 3).
+    """
+    B = len(betas)
+    one, eye = torch.ones_like(betas[:, :1]), torch.eye(3, dtype=betas.dtype, device=betas.device)
+    J = (torch.cat([betas, one], 1) @ joint_directions.T).view(B, 24, 3)
+    features = torch.cat([betas, (rotmats[:, 1:] - eye).flatten(1), one], 1)      # (B, 218)
+    # Rotations to the world, by pointer jumping: G_i spans joint i alone; after a round it spans 2
+    # joints of the chain above i, then 4, 8, 16.  Slot 24 is what lies above the root: identity.
+    G = torch.cat([rotmats, eye.expand(B, 1, 3, 3)], 1)               # (B, 25, 3, 3)
+    for above in ancestors:
+        G = G.index_select(1, above) @ G                              # (B, 25, 3, 3)
+    # A joint's place is the sum of the turned bones on its chain: no second recursion.
+    parents = ancestors[0, 1:24]                                      # (23,)
+    bones = G.index_select(1, parents) @ (J[:, 1:] - J.index_select(1, parents))[..., None]
+    bones = torch.cat([J[:, :1], bones[..., 0]], 1)                   # (B, 24, 3)
+    joints, G = chains @ bones, G[:, :24]                             # (B, 24, 3), (B, 24, 3, 3)
+    t = joints[..., None] - G @ J[..., None]                          # (B, 24, 3, 1) as in `lbs`
+    A = torch.cat([G, t], 3).flatten(2).permute(1, 2, 0).contiguous()             # (24, 12, B)
+    vertices = _Skin.apply(features.T.contiguous(), A, directions, weights)       # (V, 3, B)
+    return vertices.permute(2, 0, 1), joints
+
+
+def kinematic_tables(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """-> ancestors (rounds, 25): round r holds each joint's 2^r-th ancestor (24: none);
+    chains (24, 24): chains[i, j] = 1 where joint j lies on the way from the root to joint i."""
+    above = torch.tensor([24, *parents[1:], 24])                      # (25,)
+    ancestors, chains = [], torch.eye(24)
+    while (above < 24).any():
+        ancestors.append(above)
+        above = above[above]                                          # twice as far up
+    for i in range(1, 24):
+        chains[i] += chains[parents[i]]
+    return torch.stack(ancestors), chains
+
+
 class SMPLOutput(NamedTuple):
     vertices: Tensor | None   # (B, V, 3), None if not asked for
     joints: Tensor            # (B, 24, 3) the skeleton's joints
@@ -185,28 +291,24 @@ class SMPL(nn.Module):
                     "cocoplus_regressor", "mean_pose"):
             self._constant(key, torch.tensor(data[key], dtype=torch.float32))
         self._constant("faces", torch.tensor(data["f"].astype(np.int64)))
-        self._make_keypoint_body()
+        # What `fast_lbs` wants.
+        ancestors, chains = kinematic_tables(self.parents)
+        self._constant("ancestors", ancestors)                        # (4, 25)
+        self._constant("chains", chains)                              # (24, 24)
+        directions = torch.cat([self.shapedirs, self.posedirs, self.v_template[..., None]], 2)
+        joint_directions = directions[..., [*range(10), -1]]          # (V, 3, 11) of the rest pose
+        joint_directions = torch.einsum("jv,vcn->jcn", self.J_regressor, joint_directions)
+        self._constant("joint_directions", joint_directions.flatten(0, 1))        # (72, 11)
+        self._constant("directions", directions.flatten(0, 1))        # (3V, 218)
+        # The losses need joints and keypoints, not the whole skin: these few vertices are enough.
+        used = (self.cocoplus_regressor != 0).any(0).nonzero()[:, 0]  # (U,)
+        self._constant("kp_vertices", used)
+        self._constant("kp_directions", directions[used].flatten(0, 1))           # (3U, 218)
+        self._constant("kp_weights", self.weights[used])              # (U, 24)
+        self._constant("kp_regressor", self.cocoplus_regressor[:, used])          # (19, U)
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
-
-    def _make_keypoint_body(self) -> None:
-        """Pick the few vertices that the 19 keypoints are regressed from.
-
-        The losses need joints and keypoints, not the whole skin.  Joint regression is linear, so
-        the 24 rest joints can ride along as 24 extra "vertices" with their own template and shape
-        directions; with those, the unchanged `lbs` runs on this much smaller body.
-        """
-        used = (self.cocoplus_regressor != 0).any(0).nonzero()[:, 0]              # (U,)
-        rest = self.J_regressor @ self.v_template                     # (24, 3)
-        joint_dirs = torch.einsum("jv,vcn->jcn", self.J_regressor, self.shapedirs)    # (24, 3, 10)
-        # each (U + 24, ..): the used vertices, then the 24 riders, which nothing skins or corrects
-        self._constant("kp_template", torch.cat([self.v_template[used], rest]))
-        self._constant("kp_shapedirs", torch.cat([self.shapedirs[used], joint_dirs]))
-        self._constant("kp_posedirs", nn.functional.pad(self.posedirs[used], (0, 0, 0, 0, 0, 24)))
-        self._constant("kp_weights", nn.functional.pad(self.weights[used], (0, 0, 0, 24)))
-        self._constant("kp_J_regressor", nn.functional.pad(torch.eye(24), (len(used), 0)))
-        self._constant("kp_regressor", nn.functional.pad(self.cocoplus_regressor[:, used], (0, 24)))
 
     def forward(self, betas: Tensor, pose: Tensor, vertices: bool = True) -> SMPLOutput:
         """betas (B, 10); pose (B, 72) or (B, 24, 3) axis-angle, or (B, 24, 3, 3) matrices.
@@ -223,15 +325,16 @@ class SMPL(nn.Module):
         else:
             raise ValueError(f"pose must be ({B}, 72), ({B}, 24, 3) or ({B}, 24, 3, 3) to go with "
                              f"betas {tuple(betas.shape)}, got {tuple(pose.shape)}")
-        if vertices:
-            v, joints = lbs(betas, rotmats, self.v_template, self.shapedirs, self.posedirs,
-                            self.J_regressor, self.parents, self.weights)
-            keypoints = torch.einsum("kv,bvc->bkc", self.cocoplus_regressor, v)   # (B, 19, 3)
-            return SMPLOutput(v, joints, keypoints)
-        v, joints = lbs(betas, rotmats, self.kp_template, self.kp_shapedirs, self.kp_posedirs,
-                        self.kp_J_regressor, self.parents, self.kp_weights)
-        keypoints = torch.einsum("kv,bvc->bkc", self.kp_regressor, v)             # (B, 19, 3)
-        return SMPLOutput(None, joints, keypoints)
+        directions, weights = ((self.directions, self.weights) if vertices else
+                               (self.kp_directions, self.kp_weights))
+        # the same as lbs(betas, rotmats, self.v_template, self.shapedirs, self.posedirs,
+        #                 self.J_regressor, self.parents, self.weights)
+        v, joints = fast_lbs(betas, rotmats, directions, self.joint_directions, self.ancestors,
+                             self.chains, weights)                    # (B, V or U, 3), (B, 24, 3)
+        v_used = v[:, self.kp_vertices] if vertices else v            # (B, U, 3)
+        # = cocoplus_regressor @ vertices, without its zero columns
+        keypoints = torch.einsum("ku,buc->bkc", self.kp_regressor, v_used)        # (B, 19, 3)
+        return SMPLOutput(v if vertices else None, joints, keypoints)
 
 
 # ============================================================================================
@@ -485,11 +588,84 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 # ============================================================================================
 
+def _official_sized(path: Path, V: int = 6890) -> None:
+    """Write a body of random numbers of the official sizes and sparsity, to measure speed with."""
+    rng = np.random.default_rng(0)
+
+    def rows(n, nonzeros, width):               # each row: `nonzeros` equal weights that sum to 1
+        table = np.zeros((n, width), np.float32)
+        for row in table:
+            row[rng.choice(width, nonzeros, replace=False)] = 1 / nonzeros
+        return table
+    np.savez(path, v_template=rng.normal(0, 0.4, (V, 3)), shapedirs=rng.normal(0, 0.01, (V, 3, 10)),
+             posedirs=rng.normal(0, 0.002, (V, 3, 207)), J_regressor=rows(24, 32, V),
+             weights=rows(V, 4, 24), cocoplus_regressor=rows(19, 16, V),
+             f=np.arange(30).reshape(10, 3), kintree_table=[PARENTS, range(24)])
+
+
+def _textbook(smpl: SMPL, posedirs: Tensor, betas: Tensor, rotmats: Tensor) -> SMPLOutput:
+    """The bench's baseline: every body and vertex its own (4, 4), everything dense."""
+    B, V = len(betas), len(smpl.v_template)
+    v_shaped = smpl.v_template + torch.einsum("bn,vcn->bvc", betas, smpl.shapedirs)
+    J = torch.einsum("bvc,jv->bjc", v_shaped, smpl.J_regressor)       # (B, 24, 3)
+    feature = (rotmats[:, 1:] - torch.eye(3, device=betas.device)).reshape(B, 207)
+    v_posed = v_shaped + (feature @ posedirs).view(B, V, 3)           # posedirs (207, 3V)
+    joints, A = batch_rigid_transform(rotmats, J, smpl.parents)       # A (B, 24, 4, 4)
+    T = (smpl.weights.expand(B, V, 24) @ A.reshape(B, 24, 16)).view(B, V, 4, 4)
+    v_homogeneous = torch.cat([v_posed, v_posed.new_ones(B, V, 1)], 2)            # (B, V, 4)
+    v = (T @ v_homogeneous[..., None])[:, :, :3, 0]                   # (B, V, 3)
+    return SMPLOutput(v, joints, torch.einsum("kv,bvc->bkc", smpl.cocoplus_regressor, v))
+
+
+def _bench(device: torch.device) -> None:
+    """Milliseconds, medians; the three ways take turns, so that their ratios are of one moment."""
+    with tempfile.TemporaryDirectory() as folder:
+        _official_sized(Path(folder) / "random.npz")
+        smpl = SMPL(Path(folder) / "random.npz").to(device)
+    posedirs = smpl.posedirs.flatten(0, 1).T.contiguous()
+    ways = (lambda b, R: _textbook(smpl, posedirs, b, R), smpl, partial(smpl, vertices=False))
+    print(f"V = 6,890, float32, rotation matrices in; torch {torch.__version__} on {device.type}\n"
+          "threads    B  pass      textbook ms    full ms  ratio   keypoints only ms  ratio")
+    threads = torch.get_num_threads()
+    for n in (1,) if device.type == "cuda" else sorted({1, threads}):
+        torch.set_num_threads(n)
+        for B in (1, 16, 64, 256):
+            inputs = [torch.randn(B, 10, device=device), batch_rodrigues(
+                0.3 * torch.randn(B, 24, 3, device=device))]
+            for backward in (False, True):
+                a, b, c = (1000 * t for t in _medians(ways, inputs, backward, 7 if B > 64 else 15))
+                print(f"{n:7d} {B:4d}  {'f + b' if backward else 'forward'} {a:14.2f} {b:10.2f} "
+                      f"{a / b:6.1f} {c:19.2f} {a / c:6.1f}", flush=True)
+    torch.set_num_threads(threads)
+
+
+def _medians(ways, inputs: list[Tensor], backward: bool, repeats: int) -> list[float]:
+    inputs = [x.clone().requires_grad_(backward) for x in inputs]
+    seconds = [[] for _ in ways]
+    for _ in range(repeats + 2):
+        for way, times in zip(ways, seconds):
+            begun = time.perf_counter()
+            with torch.set_grad_enabled(backward):
+                out = [x for x in way(*inputs) if x is not None]
+            if backward:                        # a gradient arrives at everything that came out
+                torch.autograd.grad(out, inputs, [torch.ones(x.shape, device=x.device)
+                                                  for x in out])
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+    return [statistics.median(times[2:]) for times in seconds]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pose a body; print shapes and known values.")
     parser.add_argument("--smpl", metavar="FILE", help="an SMPL .npz or .pkl (default: open body)")
     parser.add_argument("--out", default="out", help="folder for smpl.obj and smpl.png")
+    parser.add_argument("--bench", action="store_true",
+                        help="milliseconds of a body of the official size, against the textbook")
     args = parser.parse_args(argv)
+    if args.bench:
+        return exit_status("smpl.py", lambda: _bench(torch.device(
+            "cuda" if torch.cuda.is_available() else "cpu")))
     return exit_status("smpl.py", lambda: _demo(SMPL(args.smpl), Path(args.out)))
 
 
