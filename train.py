@@ -29,9 +29,9 @@ import torchvision
 from torch import Tensor
 
 from data import Batch, SyntheticPeople, load_mocap, look_at, save_png
-from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
-                 encoder_adversarial_loss, joints3d_loss, keypoint_loss, pose_to_rotmats,
-                 smpl_loss, split_theta)
+from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, WholeDiscriminator, center_hips,
+                 discriminator_loss, encoder_adversarial_loss, joints3d_loss, keypoint_loss,
+                 pose_to_rotmats, smpl_loss, split_theta)
 from smpl import SMPL, exit_status, write_atomically
 
 # --------------------------------------------------------------------------------------------
@@ -49,8 +49,9 @@ class Config:
     depth: int = option(50, "layers of the ResNet (Sec. 3.4: 50)", (18, 34, 50, 101, 152))
     width: int = option(64, "channels of its first stage (slides: 64)")
     stem: str = option("imagenet", "light: 3x3 for small pictures (ours)", ("imagenet", "light"))
-    plain: bool = option(False, "no shortcuts (slides: the degradation problem)")
-    iterations: int = option(3, "T of the iterative regressor (Sec. 3.4: 3)")
+    plain: bool = option(False, "no shortcuts (slides: deeper plain networks train worse)")
+    iterations: int = option(3, "T of the iterative regressor (Sec. 3.4: 3); 1: in one go, which "
+                                "Sec. 3.2 calls hard")
     dropout: float = option(0.5, "in the regressor (official code: 0.5 after both hidden layers)")
     rotation: str = option("axis-angle", "6d: the regressor's rotations as SPIN has them",
                            ("axis-angle", "6d"))
@@ -60,8 +61,14 @@ class Config:
     size: int = option(224, "side of the crop, pixels (Sec. 3.4: 224)")
     look: str = option("hard", "how people and backgrounds look (ours)", ("plain", "hard"))
     upright: bool = option(False, "only the clips in which people stay on their feet (ours)")
-    paired: bool = option(True, "half of each batch has 3D labels (Sec. 3.4); no: all 2D only")
+    paired: bool = option(True, "half of each batch has 3D labels (Sec. 3.4); no: all 2D only, "
+                                "the adversary alone comes close to paired 3D (Fig. 4)")
     # the losses; they only mean something with hmr.py's denominators
+    adv: bool = option(True, "D and L_adv (Sec. 3.3); without them and 3D: monsters (Fig. 5)")
+    discriminator: str = option("factorised", "25 small networks, which Sec. 3.3 calls easier to "
+                                "train than one whole on beta and pose", ("factorised", "whole"))
+    supervise: str = option("last", "all: every iteration gets every loss; last: all but the last "
+                            "get L_adv only (slides), so that they may correct", ("last", "all"))
     weight_kp: float = option(60.0, "of L_reproj (do_train.sh: 60; the paper's lambda)")
     weight_joints: float = option(60.0, "of L_joints (do_train.sh: e_3d_weight 60)")
     weight_smpl: float = option(60.0, "of L_smpl (do_train.sh: e_3d_weight 60)")
@@ -239,24 +246,30 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
             # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
             _, pose, betas = split_theta(torch.cat(thetas))           # (N, 72), (N, 10); N = B * T
             rotmats = pose_to_rotmats(pose)[:, 1:]                    # (N, 23, 3, 3) without root
+            if config.supervise == "all":           # not the slides' rule: all T get the full L
+                pred = model.decode(torch.cat(thetas))                # N bodies, and N labels:
+                batch = Batch(*(torch.cat([label] * len(thetas)) for label in batch))
+            real = fake = loss_D = L_adv = betas.new_zeros(())        # they stay 0 without adv
 
             # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]    Eq. (8) --
-            real_rotmats, real_betas = world.motion(len(rotmats), step)    # as many real as fake
-            real = D(real_rotmats, real_betas)                        # (N, 25)
-            fake = D(rotmats.detach(), betas.detach())                # (N, 25) nothing reaches E
-            loss_D = discriminator_loss(real, fake)
-            opt_D.zero_grad()
-            loss_D.backward()
-            opt_D.step()
+            if config.adv:
+                real_rotmats, real_betas = world.motion(len(rotmats), step)       # as many as fake
+                real = D(real_rotmats, real_betas)                    # (N, 25)
+                fake = D(rotmats.detach(), betas.detach())            # (N, 25) nothing reaches E
+                loss_D = discriminator_loss(real, fake)
+                opt_D.zero_grad()
+                loss_D.backward()
+                opt_D.step()
 
             # ---- (2) update E:  min_E  lambda (L_reproj + 1 L_3D) + L_adv              Eq. (1) --
             L_kp = keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
             L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
             L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas,
                                batch.has_smpl)
-            D.requires_grad_(False)   # it judges, having learnt first (official code: both at once)
-            L_adv = encoder_adversarial_loss(D(rotmats, betas))
-            D.requires_grad_(True)
+            if config.adv:            # D judges, having learnt first (official code: both at once)
+                D.requires_grad_(False)
+                L_adv = encoder_adversarial_loss(D(rotmats, betas))
+                D.requires_grad_(True)
             L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl      # Eq. (4)
             loss_E = config.weight_kp * L_kp + L_3d + config.weight_adv * L_adv       # Eq. (1)
             opt_E.zero_grad()
@@ -298,7 +311,7 @@ def finish_the_step_first():
 
 
 def build(config: Config, smpl: SMPL,
-          checkpoint: dict | None = None) -> tuple[HMR, Discriminator, float]:
+          checkpoint: dict | None = None) -> tuple[HMR, torch.nn.Module, float]:
     """-> model and discriminators on the device of `smpl`, and E's learning rate.
 
     With a checkpoint, its weights will follow and its learning rate holds: no ImageNet needed.
@@ -314,7 +327,8 @@ def build(config: Config, smpl: SMPL,
     if not smpl.mean_pose.any():
         print(f"{smpl.name} holds no mean_pose: the regressor starts from the T-pose")
     model = model.to(device).to(memory_format=torch.channels_last)
-    return model, Discriminator().to(device), lr
+    D = WholeDiscriminator() if config.discriminator == "whole" else Discriminator()
+    return model, D.to(device), lr
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -527,7 +541,8 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
             {"type": type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+        names = ["--3d", "--paired"] if f.name == "paired" else ["--" + f.name.replace("_", "-")]
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
