@@ -1111,6 +1111,34 @@ def test_errors_are_centred_at_the_hips_and_the_thresholds_are_3dhps(body):
               f"{mm} mm is within {n} of the 31 thresholds 0, 5 .. 150")
 
 
+def test_monstrosity_is_0_for_recorded_bodies_and_100_for_absurd_ones(body):
+    config = tiny(Path("x"))
+    recorded = train.recorded_rotations(config, "cpu")
+    assert recorded.shape == (2 * len(data.load_mocap(True, False)), 23, 9)
+
+    def measure(pose, betas):
+        rotmats = batch_rodrigues(pose)
+        result = train.monstrosity(hmr.HMROutput(rotmats, betas, *[None] * 5), recorded)
+        return {key: value.mean().item() for key, value in result.items()}
+    pose = data.load_mocap(True, False)[::50].clone()
+    for known in (pose, data.mirror_pose(pose)):
+        known[:, 0] = torch.randn(len(known), 3)                      # any root
+        close(list(measure(known, torch.full((len(known), 10), -2.9)).values()), [0.0] * 3, 0.1,
+              "a recorded frame, its mirror image, a believable shape")     # acos near 1: 0.04
+    mixed = data.draw_poses(data.load_mocap(True, False), 500, torch.Generator().manual_seed(0))
+    assert measure(mixed, torch.zeros(500, 10))["outside"] == 0, "what D calls real is in range"
+    absurd = measure(torch.full((3, 24, 3), 1.8), torch.full((3, 10), -3.1))
+    assert absurd["outside"] == 100 and absurd["beta3"] == 100 and absurd["mocap"] > 90, absurd
+    pose[:, 4, 0] -= 1.7             # left knees: the leg before them, by nearly a right angle
+    bent = measure(pose, torch.zeros(len(pose), 10))
+    close(bent["outside"], 100 / 23, 2.0, "one joint of 23")
+    truth = [batch.rotmats for batch in train.evaluation_pictures(tiny(Path("x"), size=32,
+             eval_pictures=256), body, "cpu")]
+    outside = train.monstrosity(hmr.HMROutput(torch.cat(truth), torch.zeros(256, 10), *[None] * 5),
+                                recorded)["outside"]
+    assert outside.mean() < 2, f"{outside.mean()} % of true, held-out rotations are called absurd"
+
+
 def test_evaluation_is_in_eval_mode_and_training_mode_comes_back(body, monkeypatch):
     model, modes = HMR(body, depth=18, width=8, stem="light").train(), []
     model.register_forward_pre_hook(lambda m, _: modes.append(
@@ -1199,7 +1227,7 @@ ABLATIONS = [                  # every two values of two flags meet at least onc
 
 @pytest.mark.parametrize("flags", ABLATIONS)
 def test_flags_of_the_ablations_work_together(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "finish", lambda model, shown, log: train.overlays(model, shown))
+    monkeypatch.setattr(train, "finish", lambda *run: train.overlays(run[0], run[2]))
     given, _ = train.parse([*flags.split(), "--out", str(tmp_path / "run")])
     config = tiny(**{**given, "out": tmp_path / "run", "steps": 2})
     picture = train.train(config)
@@ -1434,8 +1462,8 @@ def test_readmes_commands_run(tmp_path, monkeypatch):
             short += ["--out", "runs/overfit"]
         assert train.main([*arguments, *short]) == 0, command
     metrics = json.loads((tmp_path / "runs/small/metrics.json").read_text())
-    keys = {"mpjpe", "pa_mpjpe", "pve", "pck", "auc", "px"}
-    assert keys | {"per_iteration", "baseline", "seconds", "images", "device", "seed",
-                   "config"} == set(metrics)
+    keys = {"mpjpe", "pa_mpjpe", "pve", "pck", "auc", "px", "outside", "mocap", "beta3"}
+    assert keys | {"per_iteration", "baseline", "truth", "heads", "seconds", "images", "device",
+                   "seed", "config"} == set(metrics)
     assert set(metrics["baseline"]) == keys and len(metrics["per_iteration"]) == 3
     assert (tmp_path / "runs/small/picture.png").is_file()

@@ -18,6 +18,7 @@ import io
 import json
 import math
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -28,11 +29,11 @@ import torch
 import torchvision
 from torch import Tensor
 
-from data import Batch, SyntheticPeople, load_mocap, look_at, save_png
+from data import Batch, SyntheticPeople, load_mocap, look_at, mirror_pose, save_png
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, WholeDiscriminator, center_hips,
                  discriminator_loss, encoder_adversarial_loss, joints3d_loss, keypoint_loss,
                  pose_to_rotmats, smpl_loss, split_theta)
-from smpl import SMPL, exit_status, write_atomically
+from smpl import SMPL, batch_rodrigues, exit_status, write_atomically
 
 # --------------------------------------------------------------------------------------------
 # 1. Hyperparameters.  Losses, batch, steps and rates are the official do_train.sh's (the official
@@ -143,6 +144,31 @@ def pose_errors(pred, true) -> dict[str, Tensor]:
             "px": 112 * (pred.keypoints2d - true.keypoints2d).norm(dim=-1)}
 
 
+RANGE = 20.0           # degrees.  draw_poses' noise moves a recorded rotation by 12 at most.
+
+
+def recorded_rotations(config: Config, device) -> Tensor:
+    """The training clips' frames and their mirror images -> (F, 23, 9), without root."""
+    pose = load_mocap(config.upright, held_out=False)                 # (frames, 24, 3)
+    pose = torch.cat([pose, mirror_pose(pose)])[:, 1:].to(device)     # (F, 23, 3)
+    return batch_rodrigues(pose).flatten(2)                           # (F, 23, 9)
+
+
+def monstrosity(body: HMROutput, recorded: Tensor) -> dict[str, Tensor]:
+    """How far bodies are from any that motion capture has seen; `recorded` (F, 23, 9).
+
+    outside (B, 23): 100 where a joint's rotation is over 20 degrees from each that was recorded of
+    this joint (held-out clips: 1 in 100); mocap (B,): degrees to the nearest recorded pose, mean
+    over joints; beta3 (B, 10): 100 where |beta| > 3 standard deviations.  The root is free.
+    """
+    rotmats = body.rotmats[:, 1:].flatten(2)                          # (B, 23, 9)
+    # the angle of A^T B, from its trace = the sum of the products of A's and B's elements
+    cosine = (torch.einsum("bjk,fjk->bfj", rotmats, recorded) - 1) / 2            # (B, F, 23)
+    angle = cosine.clamp(-1, 1).acos().rad2deg()                      # (B, F, 23)
+    return {"outside": 100.0 * (angle.amin(1) > RANGE), "mocap": angle.mean(2).amin(1),
+            "beta3": 100.0 * (body.betas.abs() > 3)}
+
+
 def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
     """Batches of pose_errors -> means, and PCK@150 mm and AUC (0 to 150 mm step 5) of MPJPE."""
     all_errors = {key: torch.cat([e[key] for e in errors]) for key in errors[0]}
@@ -182,25 +208,36 @@ def mean_camera(config: Config, smpl: SMPL, device) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: HMR, config: Config, device) -> dict:
-    """All measures on the held-out clips: of each IEF iteration, and of the baseline.
+def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = None) -> dict:
+    """All measures on the held-out clips: of each IEF iteration, the baseline and the truth.
 
     The baseline is Theta-bar under the training world's mean camera: the mean pose, facing us
-    (people face anywhere).
+    (people face anywhere).  heads: each discriminator's mean on Theta_T and on fresh motion.
     """
     model.eval()                  # batch norm uses its running statistics, dropout is off
     baseline = model.regressor.theta_bar.clone()                      # (1, 85)
     baseline[:, CAM] = mean_camera(config, model.smpl, device)
-    errors = [[] for _ in range(config.iterations + 1)]
+    recorded = recorded_rotations(config, device)                     # (F, 23, 9)
+    errors, scores = [[] for _ in range(config.iterations + 2)], []
     for batch in evaluation_pictures(config, model.smpl, device):
         body = model.smpl(batch.betas, batch.rotmats)
         true = HMROutput(batch.rotmats, batch.betas, batch.cam, body.joints, body.keypoints,
                          batch.keypoints2d, body.vertices)
         thetas, _ = model(batch.image)                                # T x (B, 85)
-        for t, theta in enumerate([baseline.expand(len(batch.image), -1), *thetas]):
-            errors[t].append(pose_errors(model.decode(theta, vertices=True), true))
-    of_baseline, *per_iteration = [summarize(e) for e in errors]
-    return {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline}
+        bodies = [model.decode(theta, vertices=True)
+                  for theta in (baseline.expand(len(batch.image), -1), *thetas)]
+        for kept, pred in zip(errors, [true, *bodies]):
+            kept.append(pose_errors(pred, true) | monstrosity(pred, recorded))
+        if D is not None:
+            scores.append(D(bodies[-1].rotmats[:, 1:], bodies[-1].betas))         # (B, 25)
+    of_truth, of_baseline, *per_iteration = [summarize(e) for e in errors]
+    result = {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline,
+              "truth": of_truth}
+    if D is not None:       # the 25 one by one: which are winning?
+        motion = training_world(config, model.smpl, device).motion(2048, config.steps)
+        result["heads"] = {"real": D(*motion).mean(0).tolist(),
+                           "fake": torch.cat(scores).mean(0).tolist()}
+    return result
 
 
 # --------------------------------------------------------------------------------------------
@@ -284,7 +321,7 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
                 save_state(log, state, step + 1, loss_E.item())
             if stopping:
                 raise KeyboardInterrupt(out)
-    return finish(model, shown, log)
+    return finish(model, D, shown, log)
 
 
 # ============================================================================================
@@ -427,6 +464,16 @@ def load_state(checkpoint: dict, state: dict) -> tuple[int, float]:
     return checkpoint["step"], checkpoint["seconds"]
 
 
+def restore(checkpoint: dict, config: Config) -> tuple[HMR, torch.nn.Module]:
+    """The trained model, in eval mode, and its discriminators."""
+    smpl = SMPL(config.smpl or None).to(config.device)
+    check_body(checkpoint, smpl)
+    model, D, _ = build(config, smpl, checkpoint)
+    model.load_state_dict(checkpoint["model"])
+    D.load_state_dict(checkpoint["discriminator"])
+    return model.eval(), D
+
+
 def check_body(checkpoint: dict, smpl: SMPL) -> None:
     name, sha256 = checkpoint["body"]
     if sha256 != smpl.sha256:
@@ -493,11 +540,11 @@ def overlays(model: HMR, batch: Batch) -> Tensor:
     return look_at(batch.image, pred.vertices, model.smpl.faces, pred.cam)
 
 
-def finish(model: HMR, shown: Batch, log: Log) -> dict:
+def finish(model: HMR, D: torch.nn.Module, shown: Batch, log: Log) -> dict:
     """The table, the picture and metrics.json of a finished run."""
     out, config, seconds = log.out, log.config, log.seconds()
     save_png(out / "picture.png", overlays(model, shown))
-    metrics = evaluate(model, config, torch.device(config.device))
+    metrics = evaluate(model, config, torch.device(config.device), D if config.adv else None)
     metrics |= {"seconds": seconds, "images": config.steps * config.batch,
                 "device": device_name(config.device), "seed": config.seed,
                 "config": dataclasses.asdict(config) | {"lr_used": log.lr}}
@@ -508,16 +555,22 @@ def finish(model: HMR, shown: Batch, log: Log) -> dict:
     return metrics
 
 
+COLUMNS = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
+           ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"), ("outside", "outside %"),
+           ("mocap", "mocap deg"), ("beta3", "beta>3 %"))
+
+
 def print_table(metrics: dict) -> None:
-    columns = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
-               ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"))
-    print("held-out clips" + "".join(f"{title:>13s}" for _, title in columns))
+    print("held-out clips" + "".join(f"{title:>12s}" for _, title in COLUMNS))
     rows = [("Theta-bar", metrics["baseline"])]
     rows += [(f"iteration {t + 1}", m) for t, m in enumerate(metrics["per_iteration"])]
-    for name, row in rows:
-        print(f"{name:14s}" + "".join(f"{row[key]:13.1f}" for key, _ in columns))
-    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in columns[:4]]     # errors
-    print(f"{'% of Theta-bar':14s}" + "".join(f"{s:13.0f}" for s in share))
+    for name, row in [*rows, ("truth", metrics["truth"])]:
+        print(f"{name:14s}" + "".join(f"{row[key]:12.1f}" for key, _ in COLUMNS))
+    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in COLUMNS[:4]]     # errors
+    print(f"{'% of Theta-bar':14s}" + "".join(f"{s:12.0f}" for s in share))
+    for side, heads in metrics.get("heads", {}).items():
+        print(f"D's {len(heads)} outputs on {side}: min {min(heads):.2f}, median "
+              f"{statistics.median(heads):.2f}, max {max(heads):.2f}")
 
 
 def device_name(device: str) -> str:
@@ -600,11 +653,8 @@ def run(argv: list[str] | None) -> None:
     if args.eval:
         checkpoint = load_checkpoint(args.eval, "--eval")
         config = config_of(checkpoint, given, {"smpl", "eval_pictures"}, "--eval")
-        smpl = SMPL(config.smpl or None).to(config.device)
-        check_body(checkpoint, smpl)
-        model, _, _ = build(config, smpl, checkpoint)
-        model.load_state_dict(checkpoint["model"])
-        print_table(evaluate(model, config, torch.device(config.device)))
+        model, D = restore(checkpoint, config)
+        print_table(evaluate(model, config, torch.device(config.device), D if config.adv else None))
     elif args.resume:
         checkpoint = load_checkpoint(Path(given["out"]) / "checkpoint.pt", "--resume")
         config = config_of(checkpoint, given, {"smpl", "steps", "log_every", "picture_every",
