@@ -13,7 +13,9 @@ Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14
 
 import argparse
 import contextlib
+import csv
 import dataclasses
+import datetime
 import io
 import json
 import math
@@ -29,7 +31,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from data import Batch, SyntheticPeople, load_mocap, look_at, mirror_pose, save_png
+from data import (Batch, SyntheticPeople, compare, draw_chart, load_mocap, look_at, mirror_pose,
+                  save_png)
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, WholeDiscriminator, center_hips,
                  discriminator_loss, encoder_adversarial_loss, joints3d_loss, keypoint_loss,
                  pose_to_rotmats, smpl_loss, split_theta)
@@ -256,7 +259,8 @@ def lr_factor(step: int, config: Config) -> float:
 def train(config: Config, checkpoint: dict | None = None) -> dict:
     """Train, from the start or a checkpoint; evaluate; write all to config.out -> metrics.json's.
 
-    Raises ValueError, OSError (used folder, bad file); KeyboardInterrupt(folder) once it is saved.
+    Raises ValueError, OSError (used folder, bad file); KeyboardInterrupt(options that go on with
+    the run) once it is saved.
     """
     out, device = Path(config.out), torch.device(config.device)
     if not checkpoint:
@@ -320,7 +324,7 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
                 save_state(log, state, step + 1, loss_E.item())
             if stopping:
-                raise KeyboardInterrupt(out)
+                raise KeyboardInterrupt(f"--resume --out {out}")
     return finish(model, D, shown, log)
 
 
@@ -591,17 +595,38 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
                       help="go on with the run in --out, with its own settings")
     mode.add_argument("--eval", metavar="CHECKPOINT", type=Path,
                       help="only measure this checkpoint on the held-out clips")
+    mode.add_argument("--ablate", action="store_true",
+                      help=f"train and compare the variants {', '.join(ABLATION)}; to go on after "
+                           f"an interruption, the same command")
+    mode.add_argument("--degradation", action="store_true",
+                      help=f"train and compare {', '.join(NETWORKS)}, --small")
+    parser.add_argument("--variants", metavar="A,B,..",
+                        help="only these, of --ablate or --degradation [all]")
+    parser.add_argument("--seeds", metavar="N", type=int,
+                        help="how many, of --ablate or --degradation, from --seed on [1]")
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
             {"type": type(f.default), "choices": f.metadata["choices"]}
-        names = ["--3d", "--paired"] if f.name == "paired" else ["--" + f.name.replace("_", "-")]
-        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS,
+        parser.add_argument(*flags_of(f.name), dest=f.name, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if hasattr(args, f.name)}
-    given.setdefault("out", "runs/small" if args.small else "runs/full")
+    args.experiment = args.ablate or args.degradation
+    for option in ("variants", "seeds"):
+        if getattr(args, option) is not None and not args.experiment:
+            parser.error(f"--{option} belongs to --ablate or --degradation")
+    if args.seeds is None:
+        args.seeds = 1
+    args.small |= args.degradation
+    given.setdefault("out", "runs/ablation" if args.ablate else "runs/degradation" if
+                     args.degradation else "runs/small" if args.small else "runs/full")
     return given, args
+
+
+def flags_of(name: str) -> list[str]:
+    """A field's names on the command line; the first is what messages call it."""
+    return ["--3d", "--paired"] if name == "paired" else ["--" + name.replace("_", "-")]
 
 
 def make_config(given: dict, preset: dict) -> Config:
@@ -622,19 +647,279 @@ def make_config(given: dict, preset: dict) -> Config:
     return config
 
 
+# --------------------------------------------------------------------------------------------
+# Experiments: the same `train`, once for every variant and seed.
+
+# --ablate: what each variant changes (the flags' help says which claim it tests).
+ABLATION = {"paired+adv": {}, "adv": {"paired": False}, "paired": {"adv": False},
+            "neither": {"paired": False, "adv": False}, "T=1": {"iterations": 1},
+            "whole": {"discriminator": "whole"}, "supervise-all": {"supervise": "all"}}
+FIGURE = {"paired+adv": "paired 3D + adversary", "adv": "adversary only (Fig. 4)",
+          "paired": "paired 3D only", "neither": "neither (Fig. 5)"}
+# --degradation: no adversary, so that all four networks minimise one and the same loss.
+NETWORKS = {f"{kind}-{depth}": {"plain": kind == "plain", "depth": depth}
+            for kind in ("plain", "ResNet") for depth in (18, 34)}
+DEGRADATION = dict(adv=False, log_every=10, steps=4_000)             # changes of --small
+DEGRADATION_CPU = dict(steps=600)
+
+
+def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
+    """Train what is not trained yet, one after another; tables after each run, figures at the end.
+
+    Each run has its own folder, out/<variant>_seed<k>; a finished one is left alone, an interrupted
+    one goes on.  Raises ValueError.
+    """
+    variants, report, draw = (ABLATION, ablation_tables, ablation_figures) if args.ablate else \
+        (NETWORKS, degradation_tables, degradation_figure)
+    names = list(variants) if args.variants is None else args.variants.split(",")
+    for name in names:
+        if name not in variants:
+            raise ValueError(f"--variants {args.variants}: {name!r} is none of the variants "
+                             f"{', '.join(variants)}")
+    for name in {field for change in variants.values() for field in change} & set(given):
+        raise ValueError(f"{flags_of(name)[0]}: the variants differ in it; leave it out, or pick "
+                         f"some by --variants")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds: expected at least 1, got {args.seeds}")
+    out, first = Path(given["out"]), given.get("seed", 0)
+
+    def config_of_run(name: str, seed: int) -> Config:
+        return make_config(given | {"seed": seed, "out": str(out / f"{name}_seed{seed}")},
+                           preset | variants[name])
+
+    def finished() -> dict[tuple[str, int], Config]:
+        """The folder's runs, earlier calls' included, in the variants' order."""
+        found = [(name, int(path.parent.name.rpartition("_seed")[2])) for name in variants
+                 for path in sorted(out.glob(f"{name}_seed*/metrics.json"))]
+        return {run: config_of_run(*run) for run in found}
+    wanted = [(name, seed) for seed in range(first, first + args.seeds) for name in names]
+    for config in [config_of_run(*run) for run in wanted] + list(finished().values()):
+        require_same_settings(config)
+    for n, run in enumerate(wanted):
+        config, done = config_of_run(*run), finished()
+        if run not in done:
+            seconds = [load_metrics(c)["seconds"] for c in done.values()]
+            left = sum(r not in done for r in wanted) * sum(seconds) / max(len(seconds), 1)
+            print(f"\n{run[0]}, seed {run[1]}: run {n + 1} of {len(wanted)}" + (
+                f", about {datetime.timedelta(seconds=round(left))} left" if seconds else ""))
+            try:
+                train_or_go_on(config)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("with the same options as before") from None
+            report(out, finished())
+    report(out, finished())
+    draw(out, finished())
+    print((out / f"{report.__name__.partition('_')[0]}.md").read_text() + f"\nwritten to {out}")
+
+
+def require_same_settings(config: Config) -> None:
+    """A folder's earlier run must be the one that is asked for now."""
+    folder = Path(config.out)
+    if (folder / "metrics.json").is_file():
+        stored = load_metrics(config)["config"]
+    elif (folder / "checkpoint.pt").is_file():
+        stored = load_checkpoint(folder / "checkpoint.pt", "--out")["config"]
+    else:
+        return
+    for f in dataclasses.fields(Config):
+        now, then = getattr(config, f.name), stored.get(f.name, f.default)
+        free = ("device", "out", "log_every", "picture_every", "save_every")
+        if now != then and f.name not in free:
+            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with "
+                             f"{flags_of(f.name)[0]} {then}, now it is {now}; give the same "
+                             f"options as before or name another folder")
+
+
+def load_metrics(config: Config) -> dict:
+    return json.loads((Path(config.out) / "metrics.json").read_text())
+
+
+def train_or_go_on(config: Config) -> None:
+    path = Path(config.out) / "checkpoint.pt"
+    if path.is_file():
+        train(config, load_checkpoint(path, "--out"))
+    else:                                       # the log of a run without a checkpoint helps nobody
+        path.with_name("log.csv").unlink(missing_ok=True)
+        train(config)
+
+
+def mean_std(values: list[float], digits: int = 1) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(title: list[str], rows: list[list[str]]) -> str:
+    lines = [title, ["---"] * len(title), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def heading(what: str, configs: dict) -> str:
+    """Where the numbers come from; the spread is the sample standard deviation over seeds."""
+    c, m = next((c, load_metrics(c)) for c in configs.values())
+    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, ResNet-{c.depth} of "
+            f"width {c.width}, seeds {', '.join(map(str, sorted({k for _, k in configs})))}; mean "
+            f"± standard deviation over seeds. {m['device']}, torch {torch.__version__}.\n\n")
+
+
+def write_csv(path: Path, rows: list[list]) -> None:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    write_atomically(path, file.getvalue().encode())
+
+
+def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
+    """ablation.csv: a row for every run and body (the truth, Theta-bar, each iteration);
+    ablation.md: means over seeds of the variants, and of the iterations."""
+    keys, titles = zip(*COLUMNS)
+    rows, groups = [], {}                       # groups: (variant, body) -> its rows over seeds
+    for (name, seed), config in configs.items():
+        metrics = load_metrics(config)
+        heads = metrics.get("heads", {"real": [math.nan], "fake": [math.nan]})
+        bodies = {"truth": metrics["truth"], "Theta-bar": metrics["baseline"],
+                  **{f"iteration {t}": m for t, m in enumerate(metrics["per_iteration"], 1)}}
+        for body, measured in bodies.items():
+            values = [*(measured[key] for key in keys), *map(statistics.mean, heads.values())]
+            rows.append([name, seed, body, *values, metrics["seconds"]])
+            groups.setdefault((name, body), []).append(values)
+    write_csv(out / "ablation.csv", [["variant", "seed", "body", *keys, "D_real", "D_fake",
+                                      "seconds"], *rows])
+
+    def line(title: str, group: tuple[str, str], columns: int) -> list[str]:
+        cells = [mean_std(v) for v in zip(*groups[group])][:len(keys)]
+        heads = [mean_std(v, 2) for v in zip(*groups[group])][len(keys):]
+        return [title, *cells, *heads][:columns]
+    T = {name: config.iterations for (name, _), config in configs.items()}
+    one = next(iter(T))
+    common = [line(body, (one, body), len(keys) + 1) + ["", ""] for body in ("Theta-bar", "truth")]
+    text = heading("Ablation", configs) + markdown(
+        ["", *titles, "D on real", "D on fake"],
+        [common[0], *(line(name, (name, f"iteration {t}"), 99) for name, t in T.items()),
+         common[1]])
+    if "paired+adv" in T:
+        steps = [line(body, ("paired+adv", body), len(keys) + 1)
+                 for body in ("Theta-bar", *(f"iteration {t + 1}" for t in range(T["paired+adv"])))]
+        alone = [line("T = 1, trained alone", ("T=1", "iteration 1"), len(keys) + 1)] \
+            if "T=1" in T else []
+        text += "\n" + markdown(["paired+adv", *titles], [*steps, *alone])
+    write_atomically(out / "ablation.md", text.replace("nan", "").encode())
+
+
+@torch.no_grad()
+def ablation_figures(out: Path, configs: dict[tuple[str, int], Config]) -> None:
+    """Five held-out pictures, taken at regular intervals: what each variant of the first seed
+    sees in them (ablation.png), and how the iterations arrive there (iterations.png)."""
+    seed = min(seed for _, seed in configs)
+    columns, iterations, size = {}, {}, 224
+    for name in [name for name in FIGURE if (name, seed) in configs]:
+        config = configs[name, seed]
+        model, _ = restore(load_checkpoint(Path(config.out) / "checkpoint.pt", "--out"), config)
+        # the same people twice: as the network sees them, and large enough to draw on
+        seen, sharp = ([f[::13] for f in next(evaluation_pictures(dataclasses.replace(
+            config, size=s, eval_pictures=64), model.smpl, config.device))]
+            for s in (config.size, max(size, config.size)))
+        image, keypoints2d, *_ = seen
+        thetas, _ = model(image)
+        bodies = [model.decode(theta, vertices=True)
+                  for theta in (model.regressor.theta_bar.expand(len(image), -1), *thetas)]
+        parts = [(body.vertices, body.cam, body.keypoints2d) for body in bodies]
+        columns[FIGURE[name]] = parts[-1]
+        if name == "paired+adv":
+            iterations = {"Theta-bar" if t == 0 else f"iteration {t}": p
+                          for t, p in enumerate(parts)}
+    if columns:
+        compare(out / "ablation.png", image, sharp[0], keypoints2d, columns, model.smpl.faces)
+    if iterations:
+        compare(out / "iterations.png", image, sharp[0], keypoints2d, iterations, model.smpl.faces)
+
+
+def probe(config: Config) -> tuple[list[float], list[float]]:
+    """A finished run -> norms of the loss's gradient at the first layer, before and after training
+    (on one batch that training did not see); and the standard deviation of each 3x3 layer's
+    response after BN, before ReLU and addition, on held-out pictures (He et al., Fig. 7)."""
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)              # as `train` begins
+    model, _, _ = build(config, SMPL(config.smpl or None).to(device))
+    batch = training_world(config, model.smpl, device).batch(config.steps)
+
+    def gradient() -> float:
+        _, pred = model.train()(batch.image)
+        loss = config.weight_kp * keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
+        loss = loss + config.weight_joints * joints3d_loss(pred.keypoints3d, batch.keypoints3d,
+                                                           batch.has_3d)
+        loss = loss + config.weight_smpl * smpl_loss(pred.rotmats, pred.betas, batch.rotmats,
+                                                     batch.betas, batch.has_smpl)
+        return torch.autograd.grad(loss, model.encoder.conv1.weight)[0].norm().item()
+    before, responses = gradient(), []
+    checkpoint = load_checkpoint(Path(config.out) / "checkpoint.pt", "--out")
+    model.load_state_dict(checkpoint["model"])
+    for name, layer in model.encoder.named_modules():
+        if name.startswith("layer") and name.rpartition(".")[2] in ("bn1", "bn2"):
+            layer.register_forward_hook(lambda _, i, y: responses.append(y.float().std().item()))
+    with torch.no_grad():
+        model.eval()(next(evaluation_pictures(config, model.smpl, device)).image)
+    layers = list(responses)                    # the gradient's forward pass appends again
+    return [before, gradient()], layers
+
+
+def loss_curve(config: Config) -> tuple[list[int], list[float]]:
+    rows = list(csv.DictReader(io.StringIO((Path(config.out) / "log.csv").read_text())))
+    return [int(row["step"]) for row in rows], [float(row["loss_E"]) for row in rows]
+
+
+def degradation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
+    """degradation.csv: the training losses; degradation.md: their ends, gradients, responses."""
+    rows, groups = [["network", "seed", "step", "loss"]], {}
+    layers = [["network", "seed", "layer", "response_std"]]
+    for (name, seed), config in configs.items():
+        steps, losses = loss_curve(config)
+        rows += [[name, seed, *point] for point in zip(steps, losses)]
+        final = [loss for step, loss in zip(steps, losses) if step > 0.9 * config.steps]
+        gradients, responses = probe(config)
+        layers += [[name, seed, n, std] for n, std in enumerate(responses, 1)]
+        groups.setdefault(name, []).append([statistics.mean(final), load_metrics(config)["mpjpe"],
+                                            *gradients, statistics.mean(responses)])
+    write_csv(out / "degradation.csv", rows)
+    write_csv(out / "responses.csv", layers)
+    table = [[name, *map(lambda v: mean_std(v, 3), zip(*values))]
+             for name, values in groups.items()]
+    text = heading("Degradation", configs) + markdown(
+        ["", "training loss, last 10 %", "MPJPE mm", "gradient norm at conv1, before",
+         "after training", "std of 3x3 layers' responses"], table)
+    write_atomically(out / "degradation.md", text.encode())
+
+
+def degradation_figure(out: Path, configs: dict[tuple[str, int], Config]) -> None:
+    """Loss against steps, and responses against layers: thin = plain, bold = residual."""
+    def lines(path: str, x: str, y: str) -> list:
+        groups = {}
+        for row in csv.DictReader(io.StringIO((out / path).read_text())):
+            groups.setdefault(row["network"], {}).setdefault(int(row[x]), []).append(float(row[y]))
+        return [(name, "#c0392b" if "34" in name else "#2471a3", 1 if "plain" in name else 3,
+                 [*line], [statistics.mean(v) for v in line.values()])
+                for name, line in groups.items()]
+    losses = [(*style, *zip(*[(x, y) for x, y in zip(xs, ys) if x > 0.05 * xs[-1]]))
+              for *style, xs, ys in lines("degradation.csv", "step", "loss")]
+    save_png(out / "degradation.png", torch.cat([
+        draw_chart("training loss", "step", losses),
+        draw_chart("std of the 3x3 layers' responses", "layer",
+                   lines("responses.csv", "layer", "response_std"))], 2))
+
+
 def pick_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def small_preset(given: dict) -> dict:
+def small_preset(given: dict, degradation: bool = False) -> dict:
     """--small's changes, printed; fewer steps where there is no GPU."""
-    preset = SMALL | (SMALL_CPU if given["device"] == "cpu" else {})
+    preset = SMALL | (DEGRADATION if degradation else {})
+    if given["device"] == "cpu":
+        preset |= SMALL_CPU | (DEGRADATION_CPU if degradation else {})
     shown = {name: value for name, value in (preset | given).items()
              if value != getattr(Config, name) and name not in ("device", "out")}
     print("--small changes:", ", ".join(f"{n} {getattr(Config, n)} -> {v}"
                                         for n, v in shown.items()))
     if given["device"] == "cpu":
-        print("no GPU:", ", ".join(f"{n} {v} instead of {SMALL[n]}" for n, v in SMALL_CPU.items()
+        print("no GPU:", ", ".join(f"{n} {preset[n]} instead of {SMALL[n]}" for n in SMALL_CPU
                                    if n not in given))
     return preset
 
@@ -664,14 +949,18 @@ def run(argv: list[str] | None) -> None:
                              f"{checkpoint['step']}")
         train(config, checkpoint)
     else:
-        train(make_config(given, small_preset(given) if args.small else {}))
+        preset = small_preset(given, args.degradation) if args.small else {}
+        if args.experiment:
+            experiment(given, preset, args)
+        else:
+            train(make_config(given, preset))
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         return exit_status("train.py", lambda: run(argv))
     except KeyboardInterrupt as stop:
-        print(f"\nstopped; saved: go on with  python train.py --resume --out {stop}" if stop.args
+        print(f"\nstopped; saved: go on with  python train.py {stop}" if stop.args
               else "\nstopped outside the training loop; a checkpoint, if there was one, is kept",
               file=sys.stderr)
         return 130
