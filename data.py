@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.utils
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
@@ -538,6 +539,64 @@ def look_at(image: Tensor, vertices: Tensor, faces: Tensor, cam: Tensor,
     overlay = draw_mesh(vertices, faces, cam, size, image)
     turned = draw_mesh(side_view(vertices), faces, cam, size)
     return torch.cat([torch.cat(list(part), 1) for part in (image, overlay, turned)], 2)
+
+
+def compare(path: str | Path, image: Tensor, sharp: Tensor, keypoints2d: Tensor, columns: dict,
+            faces: Tensor) -> None:
+    """PNG: the input | each column's bodies as overlay and turned 90 degrees; one row a picture.
+
+    image (B, 3, h, h) what the network saw; sharp (B, 3, size, size) the same people, to draw
+    over; keypoints2d (B, 19, 2) the truth: unfilled circles, predictions filled (as in Fig. 5);
+    columns: title -> (vertices (B, V, 3), cam (B, 3), keypoints2d (B, 19, 2)).
+    """
+    size = sharp.shape[-1]
+    parts = [F.interpolate(image, (size, size), mode="nearest")]      # (B, 3, size, size)
+    for vertices, cam, points in columns.values():
+        overlay = draw_mesh(vertices, faces, cam, size, sharp)
+        parts += [torch.stack([draw_points(draw_points(o, p, radius=2.5), t, (0.0, 0.45, 0.0), 4.5,
+                                           filled=False)
+                               for o, p, t in zip(overlay, points, keypoints2d)]),
+                  draw_mesh(side_view(vertices), faces, cam, size)]
+    head = Image.new("RGB", (len(parts) * size, 32), "white")
+    for i, title in enumerate(["input", *columns]):                   # a column is two parts wide
+        ImageDraw.Draw(head).text((max(2 * i, 0.5) * size, 16), title, "black",
+                                  ImageFont.load_default(20), anchor="mm")
+    rows = [vision.pil_to_tensor(head) / 255, *torch.cat(parts, 3).cpu()]
+    save_png(path, torch.cat(rows, 1))
+
+
+def draw_chart(title: str, x_label: str, lines: list, size: tuple[int, int] = (640, 420)) -> Tensor:
+    """lines: (label, colour, thickness, xs, ys) -> chart (3, H, W), axes from the data's extent."""
+    W, H = (2 * side for side in size)                                # halved at the end
+    left, right, top, bottom = 120, W - 30, 70, H - 100
+    extent = []                                                       # of x, of y: low, high, step
+    for values in ([x for line in lines for x in line[3]], [y for line in lines for y in line[4]]):
+        span = max(max(values) - min(values), 1e-9)
+        ten = 10 ** math.floor(math.log10(span / 4))
+        step = ten * next(k for k in (1, 2, 5, 10) if ten * k * 6 >= span)
+        extent.append((min(values), min(values) + span, step))
+
+    def at(x, y):
+        (x0, x1, _), (y0, y1, _) = extent
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                bottom - (y - y0) / (y1 - y0) * (bottom - top))
+    sheet = Image.new("RGB", (W, H), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    for axis, (low, high, step) in enumerate(extent):
+        for k in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1):
+            x, y = at(k * step, extent[1][0]) if axis == 0 else at(extent[0][0], k * step)
+            draw.line((x, top, x, bottom) if axis == 0 else (left, y, right, y), "#dddddd", 2)
+            draw.text((x, y + 26) if axis == 0 else (x - 12, y), f"{k * step:.4g}", "black", font,
+                      anchor="mm" if axis == 0 else "rm")
+    draw.rectangle((left, top, right, bottom), outline="black", width=2)
+    draw.text((W / 2, 34), title, "black", ImageFont.load_default(30), anchor="mm")
+    draw.text((W / 2, H - 28), x_label, "black", font, anchor="mm")
+    for i, (label, colour, thickness, xs, ys) in enumerate(lines):
+        draw.line([at(x, y) for x, y in zip(xs, ys)], colour, 2 * thickness, joint="curve")
+        y = top + 30 + 36 * i
+        draw.line((right - 250, y, right - 190, y), colour, 2 * thickness)
+        draw.text((right - 175, y), label, "black", font, anchor="lm")
+    return F.avg_pool2d(vision.pil_to_tensor(sheet)[None] / 255, 2)[0]
 
 
 def render_row(vertices: Tensor, faces: Tensor, size: int = 320) -> Tensor:

@@ -397,13 +397,43 @@ class Discriminator(nn.Module):
         return torch.cat([per_joint, y, z], 1)                        # (N, 25)
 
 
+class WholeDiscriminator(nn.Module):
+    """What Sec. 3.3 advises against: ONE network on shape and pose, inputs as above -> (N, 1).
+
+    217 -> 1239 -> 1239 -> 1 has the 25's number of parameters within 0.005 %: only the
+    factorisation differs.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(10 + 23 * 9, 1239)
+        self.fc2 = nn.Linear(1239, 1239)
+        self.fc3 = nn.Linear(1239, 1)
+        for layer in (self.fc1, self.fc2, self.fc3):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, rotmats: Tensor, betas: Tensor) -> Tensor:
+        x = torch.cat([betas, rotmats.flatten(1)], 1)                 # (N, 217)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))        # (N, 1)
+
+
+def sum_heads(error: Tensor) -> Tensor:
+    """sum_i E[..]: sum over the 25 discriminators, mean over N: (N, 25) -> ().
+
+    A whole discriminator's (N, 1) counts 25 times: both forms are 25 if D says 0, so that one
+    weight of L_adv and one learning rate of D mean the same for both.
+    """
+    return 25 / error.shape[1] * error.sum(1).mean()
+
+
 def encoder_adversarial_loss(fake: Tensor) -> Tensor:
     """L_adv(E) = sum_i E[(D_i(E(I)) - 1)^2]: D's outputs on predictions (N, 25) -> ().
 
-    Sum over the 25 discriminators, mean over N = B*T, so that every iteration weighs 1/T (the
-    slides, read literally, add the T iterations up: T times more).
+    N = B*T, so that every iteration weighs 1/T (the slides, read literally, add the T iterations
+    up: T times more).
     """
-    return (fake - 1).square().sum(1).mean()                          # Eq. (7)
+    return sum_heads((fake - 1).square())                             # Eq. (7)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -411,7 +441,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
     `fake` must come from DETACHED predictions: D's step must not move the encoder.
     """
-    return (real - 1).square().sum(1).mean() + fake.square().sum(1).mean()        # Eq. (8)
+    return sum_heads((real - 1).square()) + sum_heads(fake.square())  # Eq. (8)
 
 
 # ============================================================================================

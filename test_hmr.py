@@ -749,6 +749,23 @@ def test_adversarial_losses():
     assert gradcheck(hmr.discriminator_loss, (scores.detach() + 1, scores))
 
 
+def test_the_whole_discriminator_is_as_large_and_weighs_as_much():
+    D = hmr.WholeDiscriminator()
+    count = sum(p.numel() for p in D.parameters())
+    assert count == 1_807_702 and abs(count / 1_807_619 - 1) < 1e-3, "only the form may differ"
+    R, betas = torch.randn(4, 23, 3, 3), torch.randn(4, 10)
+    x = torch.cat([betas, R.reshape(4, 207)], 1)
+    expected = D.fc3(D.fc2(D.fc1(x).relu()).relu())
+    close(D(R, betas), expected, 1e-6, "two hidden layers, each with its ReLU")
+    one = torch.randn(6, 1)
+    close(hmr.encoder_adversarial_loss(one), 25 * (one - 1).square().mean(), 1e-4, "25 fold")
+    close(hmr.discriminator_loss(one, one), 25 * ((one - 1).square() + one.square()).mean(), 1e-4,
+          "25 fold")
+    close(hmr.discriminator_loss(one, one), hmr.discriminator_loss(one.expand(6, 25),
+                                                                   one.expand(6, 25)), 1e-4,
+          "25 equal opinions and one of them must cost the same")
+
+
 def test_real_is_pulled_to_1_and_fake_to_0():
     real, fake = torch.ones(6, 25), torch.zeros(6, 25)
     close(hmr.discriminator_loss(real, fake), 0.0, 0, "real and fake swapped: D would hate mocap")
@@ -1094,6 +1111,34 @@ def test_errors_are_centred_at_the_hips_and_the_thresholds_are_3dhps(body):
               f"{mm} mm is within {n} of the 31 thresholds 0, 5 .. 150")
 
 
+def test_monstrosity_is_0_for_recorded_bodies_and_100_for_absurd_ones(body):
+    config = tiny(Path("x"))
+    recorded = train.recorded_rotations(config, "cpu")
+    assert recorded.shape == (2 * len(data.load_mocap(True, False)), 23, 9)
+
+    def measure(pose, betas):
+        rotmats = batch_rodrigues(pose)
+        result = train.monstrosity(hmr.HMROutput(rotmats, betas, *[None] * 5), recorded)
+        return {key: value.mean().item() for key, value in result.items()}
+    pose = data.load_mocap(True, False)[::50].clone()
+    for known in (pose, data.mirror_pose(pose)):
+        known[:, 0] = torch.randn(len(known), 3)                      # any root
+        close(list(measure(known, torch.full((len(known), 10), -2.9)).values()), [0.0] * 3, 0.1,
+              "a recorded frame, its mirror image, a believable shape")     # acos near 1: 0.04
+    mixed = data.draw_poses(data.load_mocap(True, False), 500, torch.Generator().manual_seed(0))
+    assert measure(mixed, torch.zeros(500, 10))["outside"] == 0, "what D calls real is in range"
+    absurd = measure(torch.full((3, 24, 3), 1.8), torch.full((3, 10), -3.1))
+    assert absurd["outside"] == 100 and absurd["beta3"] == 100 and absurd["mocap"] > 90, absurd
+    pose[:, 4, 0] -= 1.7             # left knees: the leg before them, by nearly a right angle
+    bent = measure(pose, torch.zeros(len(pose), 10))
+    close(bent["outside"], 100 / 23, 2.0, "one joint of 23")
+    truth = [batch.rotmats for batch in train.evaluation_pictures(tiny(Path("x"), size=32,
+             eval_pictures=256), body, "cpu")]
+    outside = train.monstrosity(hmr.HMROutput(torch.cat(truth), torch.zeros(256, 10), *[None] * 5),
+                                recorded)["outside"]
+    assert outside.mean() < 2, f"{outside.mean()} % of true, held-out rotations are called absurd"
+
+
 def test_evaluation_is_in_eval_mode_and_training_mode_comes_back(body, monkeypatch):
     model, modes = HMR(body, depth=18, width=8, stem="light").train(), []
     model.register_forward_pre_hook(lambda m, _: modes.append(
@@ -1165,6 +1210,73 @@ def test_the_loop_gives_every_loss_and_optimiser_its_own(monkeypatch, tmp_path):
         (group,) = optimizer.param_groups
         assert group["weight_decay"] == 0, "the official weight decay is never read"
         close(group["lr"], rate * train.lr_factor(1, config), 1e-12, "E and D: own rate, one cycle")
+
+
+ABLATIONS = [                  # every two values of two flags meet at least once
+    "--no-3d --no-adv --iterations 1 --discriminator whole --plain --depth 34 --supervise all",
+    "--no-3d --iterations 3 --supervise last --depth 18",
+    "--no-paired --iterations 2 --discriminator whole --depth 34",
+    "--no-adv --iterations 3 --depth 34 --supervise all",
+    "--no-adv --iterations 2 --discriminator whole --plain --supervise last",
+    "--3d --iterations 1 --depth 34",
+    "--iterations 1 --discriminator whole --depth 18 --no-3d --no-plain",
+    "--iterations 3 --discriminator whole --plain --supervise all --depth 18",
+    "--no-3d --no-adv --iterations 3 --plain --depth 18",
+    "--no-3d --iterations 2 --plain --supervise all --depth 34"]
+
+
+@pytest.mark.parametrize("flags", ABLATIONS)
+def test_flags_of_the_ablations_work_together(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda *run: train.overlays(run[0], run[2]))
+    given, _ = train.parse([*flags.split(), "--out", str(tmp_path / "run")])
+    config = tiny(**{**given, "out": tmp_path / "run", "steps": 2})
+    picture = train.train(config)
+    assert picture.isfinite().all()
+    header, row = (tmp_path / "run" / "log.csv").read_text().split()
+    row = dict(zip(header.split(","), map(float, row.split(","))))
+    assert all(map(math.isfinite, row.values())) and row["L_kp"] > 0, row
+    assert (row["L_joints"] > 0) == (row["L_smpl"] > 0) == config.paired, "--no-3d: 2D only"
+    for name in ("L_adv", "loss_D", "D_real", "D_fake"):
+        assert (row[name] != 0) == config.adv, f"{name} {row[name]}: --no-adv leaves D out"
+    total = 60 * (row["L_kp"] + row["L_joints"] + row["L_smpl"]) + row["L_adv"]
+    close(row["loss_E"], total, 1e-3, "Eq. (1) with what is left")
+    assert len(weights_of(tmp_path / "run")["discriminator"]) == (
+        6 if config.discriminator == "whole" else 18)
+
+
+def test_without_an_adversary_d_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda *args: {})
+    for name, adv, steps in (("no", False, 1), ("none", False, 3), ("yes", True, 1)):
+        train.train(tiny(tmp_path / name, adv=adv, steps=steps, weight_adv=9.0, log_every=1))
+    no, none, yes = (weights_of(tmp_path / name)["discriminator"] for name in ("no", "none", "yes"))
+    assert same(no, none), "D changed from step 1 to 3 without an adversary"
+    assert not same(no, yes), "with one, D learns from the first step on"
+
+
+def test_supervise_all_is_the_mean_over_the_iterations(body, tmp_path, monkeypatch):
+    thetas, batches, logged = [], [], []
+    forward, batch, add = HMR.forward, data.SyntheticPeople.batch, train.Log.add
+
+    def note(kept, result):
+        kept.append(result)
+        return result
+    monkeypatch.setattr(HMR, "forward", lambda m, x: (note(thetas, forward(m, x)[0]),
+                                                      forward(m, x)[1]))
+    monkeypatch.setattr(data.SyntheticPeople, "batch", lambda w, s: note(batches, batch(w, s)))
+    monkeypatch.setattr(train.Log, "add", lambda log, step, values: (logged.append(values),
+                                                                     add(log, step, values)))
+    monkeypatch.setattr(train, "finish", lambda *args: {})
+    train.train(tiny(tmp_path / "run", steps=1, supervise="all", dropout=0.0, iterations=3))
+    labels, model = batches[-1], HMR(body, depth=18, width=8, stem="light")
+    expected = torch.zeros(3)
+    for theta in thetas[-1]:
+        pred = model.decode(theta.detach())
+        expected += torch.stack([
+            hmr.keypoint_loss(pred.keypoints2d, labels.keypoints2d, labels.visible),
+            hmr.joints3d_loss(pred.keypoints3d, labels.keypoints3d, labels.has_3d),
+            hmr.smpl_loss(pred.rotmats, pred.betas, labels.rotmats, labels.betas,
+                          labels.has_smpl)]) / 3
+    close(torch.stack(logged[0][1:4]), expected, 1e-5, "mean over T of each iteration's losses")
 
 
 def test_one_batch_overfits(tmp_path):
@@ -1350,8 +1462,8 @@ def test_readmes_commands_run(tmp_path, monkeypatch):
             short += ["--out", "runs/overfit"]
         assert train.main([*arguments, *short]) == 0, command
     metrics = json.loads((tmp_path / "runs/small/metrics.json").read_text())
-    keys = {"mpjpe", "pa_mpjpe", "pve", "pck", "auc", "px"}
-    assert keys | {"per_iteration", "baseline", "seconds", "images", "device", "seed",
-                   "config"} == set(metrics)
+    keys = {"mpjpe", "pa_mpjpe", "pve", "pck", "auc", "px", "outside", "mocap", "beta3"}
+    assert keys | {"per_iteration", "baseline", "truth", "heads", "seconds", "images", "device",
+                   "seed", "config"} == set(metrics)
     assert set(metrics["baseline"]) == keys and len(metrics["per_iteration"]) == 3
     assert (tmp_path / "runs/small/picture.png").is_file()

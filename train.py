@@ -13,11 +13,14 @@ Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14
 
 import argparse
 import contextlib
+import csv
 import dataclasses
+import datetime
 import io
 import json
 import math
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -28,11 +31,12 @@ import torch
 import torchvision
 from torch import Tensor
 
-from data import Batch, SyntheticPeople, load_mocap, look_at, save_png
-from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
-                 encoder_adversarial_loss, joints3d_loss, keypoint_loss, pose_to_rotmats,
-                 smpl_loss, split_theta)
-from smpl import SMPL, exit_status, write_atomically
+from data import (Batch, SyntheticPeople, compare, draw_chart, load_mocap, look_at, mirror_pose,
+                  save_png)
+from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, WholeDiscriminator, center_hips,
+                 discriminator_loss, encoder_adversarial_loss, joints3d_loss, keypoint_loss,
+                 pose_to_rotmats, smpl_loss, split_theta)
+from smpl import SMPL, batch_rodrigues, exit_status, write_atomically
 
 # --------------------------------------------------------------------------------------------
 # 1. Hyperparameters.  Losses, batch, steps and rates are the official do_train.sh's (the official
@@ -49,8 +53,9 @@ class Config:
     depth: int = option(50, "layers of the ResNet (Sec. 3.4: 50)", (18, 34, 50, 101, 152))
     width: int = option(64, "channels of its first stage (slides: 64)")
     stem: str = option("imagenet", "light: 3x3 for small pictures (ours)", ("imagenet", "light"))
-    plain: bool = option(False, "no shortcuts (slides: the degradation problem)")
-    iterations: int = option(3, "T of the iterative regressor (Sec. 3.4: 3)")
+    plain: bool = option(False, "no shortcuts (slides: deeper plain networks train worse)")
+    iterations: int = option(3, "T of the iterative regressor (Sec. 3.4: 3); 1: in one go, which "
+                                "Sec. 3.2 calls hard")
     dropout: float = option(0.5, "in the regressor (official code: 0.5 after both hidden layers)")
     rotation: str = option("axis-angle", "6d: the regressor's rotations as SPIN has them",
                            ("axis-angle", "6d"))
@@ -60,8 +65,14 @@ class Config:
     size: int = option(224, "side of the crop, pixels (Sec. 3.4: 224)")
     look: str = option("hard", "how people and backgrounds look (ours)", ("plain", "hard"))
     upright: bool = option(False, "only the clips in which people stay on their feet (ours)")
-    paired: bool = option(True, "half of each batch has 3D labels (Sec. 3.4); no: all 2D only")
+    paired: bool = option(True, "half of each batch has 3D labels (Sec. 3.4); no: all 2D only, "
+                                "the adversary alone comes close to paired 3D (Fig. 4)")
     # the losses; they only mean something with hmr.py's denominators
+    adv: bool = option(True, "D and L_adv (Sec. 3.3); without them and 3D: monsters (Fig. 5)")
+    discriminator: str = option("factorised", "25 small networks, which Sec. 3.3 calls easier to "
+                                "train than one whole on beta and pose", ("factorised", "whole"))
+    supervise: str = option("last", "all: every iteration gets every loss; last: all but the last "
+                            "get L_adv only (slides), so that they may correct", ("last", "all"))
     weight_kp: float = option(60.0, "of L_reproj (do_train.sh: 60; the paper's lambda)")
     weight_joints: float = option(60.0, "of L_joints (do_train.sh: e_3d_weight 60)")
     weight_smpl: float = option(60.0, "of L_smpl (do_train.sh: e_3d_weight 60)")
@@ -136,6 +147,31 @@ def pose_errors(pred, true) -> dict[str, Tensor]:
             "px": 112 * (pred.keypoints2d - true.keypoints2d).norm(dim=-1)}
 
 
+RANGE = 20.0           # degrees.  draw_poses' noise moves a recorded rotation by 12 at most.
+
+
+def recorded_rotations(config: Config, device) -> Tensor:
+    """The training clips' frames and their mirror images -> (F, 23, 9), without root."""
+    pose = load_mocap(config.upright, held_out=False)                 # (frames, 24, 3)
+    pose = torch.cat([pose, mirror_pose(pose)])[:, 1:].to(device)     # (F, 23, 3)
+    return batch_rodrigues(pose).flatten(2)                           # (F, 23, 9)
+
+
+def monstrosity(body: HMROutput, recorded: Tensor) -> dict[str, Tensor]:
+    """How far bodies are from any that motion capture has seen; `recorded` (F, 23, 9).
+
+    outside (B, 23): 100 where a joint's rotation is over 20 degrees from each that was recorded of
+    this joint (held-out clips: 1 in 100); mocap (B,): degrees to the nearest recorded pose, mean
+    over joints; beta3 (B, 10): 100 where |beta| > 3 standard deviations.  The root is free.
+    """
+    rotmats = body.rotmats[:, 1:].flatten(2)                          # (B, 23, 9)
+    # the angle of A^T B, from its trace = the sum of the products of A's and B's elements
+    cosine = (torch.einsum("bjk,fjk->bfj", rotmats, recorded) - 1) / 2            # (B, F, 23)
+    angle = cosine.clamp(-1, 1).acos().rad2deg()                      # (B, F, 23)
+    return {"outside": 100.0 * (angle.amin(1) > RANGE), "mocap": angle.mean(2).amin(1),
+            "beta3": 100.0 * (body.betas.abs() > 3)}
+
+
 def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
     """Batches of pose_errors -> means, and PCK@150 mm and AUC (0 to 150 mm step 5) of MPJPE."""
     all_errors = {key: torch.cat([e[key] for e in errors]) for key in errors[0]}
@@ -175,25 +211,36 @@ def mean_camera(config: Config, smpl: SMPL, device) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: HMR, config: Config, device) -> dict:
-    """All measures on the held-out clips: of each IEF iteration, and of the baseline.
+def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = None) -> dict:
+    """All measures on the held-out clips: of each IEF iteration, the baseline and the truth.
 
     The baseline is Theta-bar under the training world's mean camera: the mean pose, facing us
-    (people face anywhere).
+    (people face anywhere).  heads: each discriminator's mean on Theta_T and on fresh motion.
     """
     model.eval()                  # batch norm uses its running statistics, dropout is off
     baseline = model.regressor.theta_bar.clone()                      # (1, 85)
     baseline[:, CAM] = mean_camera(config, model.smpl, device)
-    errors = [[] for _ in range(config.iterations + 1)]
+    recorded = recorded_rotations(config, device)                     # (F, 23, 9)
+    errors, scores = [[] for _ in range(config.iterations + 2)], []
     for batch in evaluation_pictures(config, model.smpl, device):
         body = model.smpl(batch.betas, batch.rotmats)
         true = HMROutput(batch.rotmats, batch.betas, batch.cam, body.joints, body.keypoints,
                          batch.keypoints2d, body.vertices)
         thetas, _ = model(batch.image)                                # T x (B, 85)
-        for t, theta in enumerate([baseline.expand(len(batch.image), -1), *thetas]):
-            errors[t].append(pose_errors(model.decode(theta, vertices=True), true))
-    of_baseline, *per_iteration = [summarize(e) for e in errors]
-    return {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline}
+        bodies = [model.decode(theta, vertices=True)
+                  for theta in (baseline.expand(len(batch.image), -1), *thetas)]
+        for kept, pred in zip(errors, [true, *bodies]):
+            kept.append(pose_errors(pred, true) | monstrosity(pred, recorded))
+        if D is not None:
+            scores.append(D(bodies[-1].rotmats[:, 1:], bodies[-1].betas))         # (B, 25)
+    of_truth, of_baseline, *per_iteration = [summarize(e) for e in errors]
+    result = {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline,
+              "truth": of_truth}
+    if D is not None:       # the 25 one by one: which are winning?
+        motion = training_world(config, model.smpl, device).motion(2048, config.steps)
+        result["heads"] = {"real": D(*motion).mean(0).tolist(),
+                           "fake": torch.cat(scores).mean(0).tolist()}
+    return result
 
 
 # --------------------------------------------------------------------------------------------
@@ -212,7 +259,8 @@ def lr_factor(step: int, config: Config) -> float:
 def train(config: Config, checkpoint: dict | None = None) -> dict:
     """Train, from the start or a checkpoint; evaluate; write all to config.out -> metrics.json's.
 
-    Raises ValueError, OSError (used folder, bad file); KeyboardInterrupt(folder) once it is saved.
+    Raises ValueError, OSError (used folder, bad file); KeyboardInterrupt(options that go on with
+    the run) once it is saved.
     """
     out, device = Path(config.out), torch.device(config.device)
     if not checkpoint:
@@ -239,24 +287,30 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
             # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
             _, pose, betas = split_theta(torch.cat(thetas))           # (N, 72), (N, 10); N = B * T
             rotmats = pose_to_rotmats(pose)[:, 1:]                    # (N, 23, 3, 3) without root
+            if config.supervise == "all":           # not the slides' rule: all T get the full L
+                pred = model.decode(torch.cat(thetas))                # N bodies, and N labels:
+                batch = Batch(*(torch.cat([label] * len(thetas)) for label in batch))
+            real = fake = loss_D = L_adv = betas.new_zeros(())        # they stay 0 without adv
 
             # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]    Eq. (8) --
-            real_rotmats, real_betas = world.motion(len(rotmats), step)    # as many real as fake
-            real = D(real_rotmats, real_betas)                        # (N, 25)
-            fake = D(rotmats.detach(), betas.detach())                # (N, 25) nothing reaches E
-            loss_D = discriminator_loss(real, fake)
-            opt_D.zero_grad()
-            loss_D.backward()
-            opt_D.step()
+            if config.adv:
+                real_rotmats, real_betas = world.motion(len(rotmats), step)       # as many as fake
+                real = D(real_rotmats, real_betas)                    # (N, 25)
+                fake = D(rotmats.detach(), betas.detach())            # (N, 25) nothing reaches E
+                loss_D = discriminator_loss(real, fake)
+                opt_D.zero_grad()
+                loss_D.backward()
+                opt_D.step()
 
             # ---- (2) update E:  min_E  lambda (L_reproj + 1 L_3D) + L_adv              Eq. (1) --
             L_kp = keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
             L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
             L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas,
                                batch.has_smpl)
-            D.requires_grad_(False)   # it judges, having learnt first (official code: both at once)
-            L_adv = encoder_adversarial_loss(D(rotmats, betas))
-            D.requires_grad_(True)
+            if config.adv:            # D judges, having learnt first (official code: both at once)
+                D.requires_grad_(False)
+                L_adv = encoder_adversarial_loss(D(rotmats, betas))
+                D.requires_grad_(True)
             L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl      # Eq. (4)
             loss_E = config.weight_kp * L_kp + L_3d + config.weight_adv * L_adv       # Eq. (1)
             opt_E.zero_grad()
@@ -270,8 +324,8 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
                 save_state(log, state, step + 1, loss_E.item())
             if stopping:
-                raise KeyboardInterrupt(out)
-    return finish(model, shown, log)
+                raise KeyboardInterrupt(f"--resume --out {out}")
+    return finish(model, D, shown, log)
 
 
 # ============================================================================================
@@ -298,7 +352,7 @@ def finish_the_step_first():
 
 
 def build(config: Config, smpl: SMPL,
-          checkpoint: dict | None = None) -> tuple[HMR, Discriminator, float]:
+          checkpoint: dict | None = None) -> tuple[HMR, torch.nn.Module, float]:
     """-> model and discriminators on the device of `smpl`, and E's learning rate.
 
     With a checkpoint, its weights will follow and its learning rate holds: no ImageNet needed.
@@ -314,7 +368,8 @@ def build(config: Config, smpl: SMPL,
     if not smpl.mean_pose.any():
         print(f"{smpl.name} holds no mean_pose: the regressor starts from the T-pose")
     model = model.to(device).to(memory_format=torch.channels_last)
-    return model, Discriminator().to(device), lr
+    D = WholeDiscriminator() if config.discriminator == "whole" else Discriminator()
+    return model, D.to(device), lr
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -413,6 +468,16 @@ def load_state(checkpoint: dict, state: dict) -> tuple[int, float]:
     return checkpoint["step"], checkpoint["seconds"]
 
 
+def restore(checkpoint: dict, config: Config) -> tuple[HMR, torch.nn.Module]:
+    """The trained model, in eval mode, and its discriminators."""
+    smpl = SMPL(config.smpl or None).to(config.device)
+    check_body(checkpoint, smpl)
+    model, D, _ = build(config, smpl, checkpoint)
+    model.load_state_dict(checkpoint["model"])
+    D.load_state_dict(checkpoint["discriminator"])
+    return model.eval(), D
+
+
 def check_body(checkpoint: dict, smpl: SMPL) -> None:
     name, sha256 = checkpoint["body"]
     if sha256 != smpl.sha256:
@@ -479,11 +544,11 @@ def overlays(model: HMR, batch: Batch) -> Tensor:
     return look_at(batch.image, pred.vertices, model.smpl.faces, pred.cam)
 
 
-def finish(model: HMR, shown: Batch, log: Log) -> dict:
+def finish(model: HMR, D: torch.nn.Module, shown: Batch, log: Log) -> dict:
     """The table, the picture and metrics.json of a finished run."""
     out, config, seconds = log.out, log.config, log.seconds()
     save_png(out / "picture.png", overlays(model, shown))
-    metrics = evaluate(model, config, torch.device(config.device))
+    metrics = evaluate(model, config, torch.device(config.device), D if config.adv else None)
     metrics |= {"seconds": seconds, "images": config.steps * config.batch,
                 "device": device_name(config.device), "seed": config.seed,
                 "config": dataclasses.asdict(config) | {"lr_used": log.lr}}
@@ -494,16 +559,22 @@ def finish(model: HMR, shown: Batch, log: Log) -> dict:
     return metrics
 
 
+COLUMNS = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
+           ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"), ("outside", "outside %"),
+           ("mocap", "mocap deg"), ("beta3", "beta>3 %"))
+
+
 def print_table(metrics: dict) -> None:
-    columns = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
-               ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"))
-    print("held-out clips" + "".join(f"{title:>13s}" for _, title in columns))
+    print("held-out clips" + "".join(f"{title:>12s}" for _, title in COLUMNS))
     rows = [("Theta-bar", metrics["baseline"])]
     rows += [(f"iteration {t + 1}", m) for t, m in enumerate(metrics["per_iteration"])]
-    for name, row in rows:
-        print(f"{name:14s}" + "".join(f"{row[key]:13.1f}" for key, _ in columns))
-    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in columns[:4]]     # errors
-    print(f"{'% of Theta-bar':14s}" + "".join(f"{s:13.0f}" for s in share))
+    for name, row in [*rows, ("truth", metrics["truth"])]:
+        print(f"{name:14s}" + "".join(f"{row[key]:12.1f}" for key, _ in COLUMNS))
+    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in COLUMNS[:4]]     # errors
+    print(f"{'% of Theta-bar':14s}" + "".join(f"{s:12.0f}" for s in share))
+    for side, heads in metrics.get("heads", {}).items():
+        print(f"D's {len(heads)} outputs on {side}: min {min(heads):.2f}, median "
+              f"{statistics.median(heads):.2f}, max {max(heads):.2f}")
 
 
 def device_name(device: str) -> str:
@@ -524,16 +595,38 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
                       help="go on with the run in --out, with its own settings")
     mode.add_argument("--eval", metavar="CHECKPOINT", type=Path,
                       help="only measure this checkpoint on the held-out clips")
+    mode.add_argument("--ablate", action="store_true",
+                      help=f"train and compare the variants {', '.join(ABLATION)}; to go on after "
+                           f"an interruption, the same command")
+    mode.add_argument("--degradation", action="store_true",
+                      help=f"train and compare {', '.join(NETWORKS)}, --small")
+    parser.add_argument("--variants", metavar="A,B,..",
+                        help="only these, of --ablate or --degradation [all]")
+    parser.add_argument("--seeds", metavar="N", type=int,
+                        help="how many, of --ablate or --degradation, from --seed on [1]")
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
             {"type": type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+        parser.add_argument(*flags_of(f.name), dest=f.name, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if hasattr(args, f.name)}
-    given.setdefault("out", "runs/small" if args.small else "runs/full")
+    args.experiment = args.ablate or args.degradation
+    for option in ("variants", "seeds"):
+        if getattr(args, option) is not None and not args.experiment:
+            parser.error(f"--{option} belongs to --ablate or --degradation")
+    if args.seeds is None:
+        args.seeds = 1
+    args.small |= args.degradation
+    given.setdefault("out", "runs/ablation" if args.ablate else "runs/degradation" if
+                     args.degradation else "runs/small" if args.small else "runs/full")
     return given, args
+
+
+def flags_of(name: str) -> list[str]:
+    """A field's names on the command line; the first is what messages call it."""
+    return ["--3d", "--paired"] if name == "paired" else ["--" + name.replace("_", "-")]
 
 
 def make_config(given: dict, preset: dict) -> Config:
@@ -554,19 +647,279 @@ def make_config(given: dict, preset: dict) -> Config:
     return config
 
 
+# --------------------------------------------------------------------------------------------
+# Experiments: the same `train`, once for every variant and seed.
+
+# --ablate: what each variant changes (the flags' help says which claim it tests).
+ABLATION = {"paired+adv": {}, "adv": {"paired": False}, "paired": {"adv": False},
+            "neither": {"paired": False, "adv": False}, "T=1": {"iterations": 1},
+            "whole": {"discriminator": "whole"}, "supervise-all": {"supervise": "all"}}
+FIGURE = {"paired+adv": "paired 3D + adversary", "adv": "adversary only (Fig. 4)",
+          "paired": "paired 3D only", "neither": "neither (Fig. 5)"}
+# --degradation: no adversary, so that all four networks minimise one and the same loss.
+NETWORKS = {f"{kind}-{depth}": {"plain": kind == "plain", "depth": depth}
+            for kind in ("plain", "ResNet") for depth in (18, 34)}
+DEGRADATION = dict(adv=False, log_every=10, steps=4_000)             # changes of --small
+DEGRADATION_CPU = dict(steps=600)
+
+
+def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
+    """Train what is not trained yet, one after another; tables after each run, figures at the end.
+
+    Each run has its own folder, out/<variant>_seed<k>; a finished one is left alone, an interrupted
+    one goes on.  Raises ValueError.
+    """
+    variants, report, draw = (ABLATION, ablation_tables, ablation_figures) if args.ablate else \
+        (NETWORKS, degradation_tables, degradation_figure)
+    names = list(variants) if args.variants is None else args.variants.split(",")
+    for name in names:
+        if name not in variants:
+            raise ValueError(f"--variants {args.variants}: {name!r} is none of the variants "
+                             f"{', '.join(variants)}")
+    for name in {field for change in variants.values() for field in change} & set(given):
+        raise ValueError(f"{flags_of(name)[0]}: the variants differ in it; leave it out, or pick "
+                         f"some by --variants")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds: expected at least 1, got {args.seeds}")
+    out, first = Path(given["out"]), given.get("seed", 0)
+
+    def config_of_run(name: str, seed: int) -> Config:
+        return make_config(given | {"seed": seed, "out": str(out / f"{name}_seed{seed}")},
+                           preset | variants[name])
+
+    def finished() -> dict[tuple[str, int], Config]:
+        """The folder's runs, earlier calls' included, in the variants' order."""
+        found = [(name, int(path.parent.name.rpartition("_seed")[2])) for name in variants
+                 for path in sorted(out.glob(f"{name}_seed*/metrics.json"))]
+        return {run: config_of_run(*run) for run in found}
+    wanted = [(name, seed) for seed in range(first, first + args.seeds) for name in names]
+    for config in [config_of_run(*run) for run in wanted] + list(finished().values()):
+        require_same_settings(config)
+    for n, run in enumerate(wanted):
+        config, done = config_of_run(*run), finished()
+        if run not in done:
+            seconds = [load_metrics(c)["seconds"] for c in done.values()]
+            left = sum(r not in done for r in wanted) * sum(seconds) / max(len(seconds), 1)
+            print(f"\n{run[0]}, seed {run[1]}: run {n + 1} of {len(wanted)}" + (
+                f", about {datetime.timedelta(seconds=round(left))} left" if seconds else ""))
+            try:
+                train_or_go_on(config)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("with the same options as before") from None
+            report(out, finished())
+    report(out, finished())
+    draw(out, finished())
+    print((out / f"{report.__name__.partition('_')[0]}.md").read_text() + f"\nwritten to {out}")
+
+
+def require_same_settings(config: Config) -> None:
+    """A folder's earlier run must be the one that is asked for now."""
+    folder = Path(config.out)
+    if (folder / "metrics.json").is_file():
+        stored = load_metrics(config)["config"]
+    elif (folder / "checkpoint.pt").is_file():
+        stored = load_checkpoint(folder / "checkpoint.pt", "--out")["config"]
+    else:
+        return
+    for f in dataclasses.fields(Config):
+        now, then = getattr(config, f.name), stored.get(f.name, f.default)
+        free = ("device", "out", "log_every", "picture_every", "save_every")
+        if now != then and f.name not in free:
+            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with "
+                             f"{flags_of(f.name)[0]} {then}, now it is {now}; give the same "
+                             f"options as before or name another folder")
+
+
+def load_metrics(config: Config) -> dict:
+    return json.loads((Path(config.out) / "metrics.json").read_text())
+
+
+def train_or_go_on(config: Config) -> None:
+    path = Path(config.out) / "checkpoint.pt"
+    if path.is_file():
+        train(config, load_checkpoint(path, "--out"))
+    else:                                       # the log of a run without a checkpoint helps nobody
+        path.with_name("log.csv").unlink(missing_ok=True)
+        train(config)
+
+
+def mean_std(values: list[float], digits: int = 1) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(title: list[str], rows: list[list[str]]) -> str:
+    lines = [title, ["---"] * len(title), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def heading(what: str, configs: dict) -> str:
+    """Where the numbers come from; the spread is the sample standard deviation over seeds."""
+    c, m = next((c, load_metrics(c)) for c in configs.values())
+    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, ResNet-{c.depth} of "
+            f"width {c.width}, seeds {', '.join(map(str, sorted({k for _, k in configs})))}; mean "
+            f"± standard deviation over seeds. {m['device']}, torch {torch.__version__}.\n\n")
+
+
+def write_csv(path: Path, rows: list[list]) -> None:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    write_atomically(path, file.getvalue().encode())
+
+
+def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
+    """ablation.csv: a row for every run and body (the truth, Theta-bar, each iteration);
+    ablation.md: means over seeds of the variants, and of the iterations."""
+    keys, titles = zip(*COLUMNS)
+    rows, groups = [], {}                       # groups: (variant, body) -> its rows over seeds
+    for (name, seed), config in configs.items():
+        metrics = load_metrics(config)
+        heads = metrics.get("heads", {"real": [math.nan], "fake": [math.nan]})
+        bodies = {"truth": metrics["truth"], "Theta-bar": metrics["baseline"],
+                  **{f"iteration {t}": m for t, m in enumerate(metrics["per_iteration"], 1)}}
+        for body, measured in bodies.items():
+            values = [*(measured[key] for key in keys), *map(statistics.mean, heads.values())]
+            rows.append([name, seed, body, *values, metrics["seconds"]])
+            groups.setdefault((name, body), []).append(values)
+    write_csv(out / "ablation.csv", [["variant", "seed", "body", *keys, "D_real", "D_fake",
+                                      "seconds"], *rows])
+
+    def line(title: str, group: tuple[str, str], columns: int) -> list[str]:
+        cells = [mean_std(v) for v in zip(*groups[group])][:len(keys)]
+        heads = [mean_std(v, 2) for v in zip(*groups[group])][len(keys):]
+        return [title, *cells, *heads][:columns]
+    T = {name: config.iterations for (name, _), config in configs.items()}
+    one = next(iter(T))
+    common = [line(body, (one, body), len(keys) + 1) + ["", ""] for body in ("Theta-bar", "truth")]
+    text = heading("Ablation", configs) + markdown(
+        ["", *titles, "D on real", "D on fake"],
+        [common[0], *(line(name, (name, f"iteration {t}"), 99) for name, t in T.items()),
+         common[1]])
+    if "paired+adv" in T:
+        steps = [line(body, ("paired+adv", body), len(keys) + 1)
+                 for body in ("Theta-bar", *(f"iteration {t + 1}" for t in range(T["paired+adv"])))]
+        alone = [line("T = 1, trained alone", ("T=1", "iteration 1"), len(keys) + 1)] \
+            if "T=1" in T else []
+        text += "\n" + markdown(["paired+adv", *titles], [*steps, *alone])
+    write_atomically(out / "ablation.md", text.replace("nan", "").encode())
+
+
+@torch.no_grad()
+def ablation_figures(out: Path, configs: dict[tuple[str, int], Config]) -> None:
+    """Five held-out pictures, taken at regular intervals: what each variant of the first seed
+    sees in them (ablation.png), and how the iterations arrive there (iterations.png)."""
+    seed = min(seed for _, seed in configs)
+    columns, iterations, size = {}, {}, 224
+    for name in [name for name in FIGURE if (name, seed) in configs]:
+        config = configs[name, seed]
+        model, _ = restore(load_checkpoint(Path(config.out) / "checkpoint.pt", "--out"), config)
+        # the same people twice: as the network sees them, and large enough to draw on
+        seen, sharp = ([f[::13] for f in next(evaluation_pictures(dataclasses.replace(
+            config, size=s, eval_pictures=64), model.smpl, config.device))]
+            for s in (config.size, max(size, config.size)))
+        image, keypoints2d, *_ = seen
+        thetas, _ = model(image)
+        bodies = [model.decode(theta, vertices=True)
+                  for theta in (model.regressor.theta_bar.expand(len(image), -1), *thetas)]
+        parts = [(body.vertices, body.cam, body.keypoints2d) for body in bodies]
+        columns[FIGURE[name]] = parts[-1]
+        if name == "paired+adv":
+            iterations = {"Theta-bar" if t == 0 else f"iteration {t}": p
+                          for t, p in enumerate(parts)}
+    if columns:
+        compare(out / "ablation.png", image, sharp[0], keypoints2d, columns, model.smpl.faces)
+    if iterations:
+        compare(out / "iterations.png", image, sharp[0], keypoints2d, iterations, model.smpl.faces)
+
+
+def probe(config: Config) -> tuple[list[float], list[float]]:
+    """A finished run -> norms of the loss's gradient at the first layer, before and after training
+    (on one batch that training did not see); and the standard deviation of each 3x3 layer's
+    response after BN, before ReLU and addition, on held-out pictures (He et al., Fig. 7)."""
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)              # as `train` begins
+    model, _, _ = build(config, SMPL(config.smpl or None).to(device))
+    batch = training_world(config, model.smpl, device).batch(config.steps)
+
+    def gradient() -> float:
+        _, pred = model.train()(batch.image)
+        loss = config.weight_kp * keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
+        loss = loss + config.weight_joints * joints3d_loss(pred.keypoints3d, batch.keypoints3d,
+                                                           batch.has_3d)
+        loss = loss + config.weight_smpl * smpl_loss(pred.rotmats, pred.betas, batch.rotmats,
+                                                     batch.betas, batch.has_smpl)
+        return torch.autograd.grad(loss, model.encoder.conv1.weight)[0].norm().item()
+    before, responses = gradient(), []
+    checkpoint = load_checkpoint(Path(config.out) / "checkpoint.pt", "--out")
+    model.load_state_dict(checkpoint["model"])
+    for name, layer in model.encoder.named_modules():
+        if name.startswith("layer") and name.rpartition(".")[2] in ("bn1", "bn2"):
+            layer.register_forward_hook(lambda _, i, y: responses.append(y.float().std().item()))
+    with torch.no_grad():
+        model.eval()(next(evaluation_pictures(config, model.smpl, device)).image)
+    layers = list(responses)                    # the gradient's forward pass appends again
+    return [before, gradient()], layers
+
+
+def loss_curve(config: Config) -> tuple[list[int], list[float]]:
+    rows = list(csv.DictReader(io.StringIO((Path(config.out) / "log.csv").read_text())))
+    return [int(row["step"]) for row in rows], [float(row["loss_E"]) for row in rows]
+
+
+def degradation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
+    """degradation.csv: the training losses; degradation.md: their ends, gradients, responses."""
+    rows, groups = [["network", "seed", "step", "loss"]], {}
+    layers = [["network", "seed", "layer", "response_std"]]
+    for (name, seed), config in configs.items():
+        steps, losses = loss_curve(config)
+        rows += [[name, seed, *point] for point in zip(steps, losses)]
+        final = [loss for step, loss in zip(steps, losses) if step > 0.9 * config.steps]
+        gradients, responses = probe(config)
+        layers += [[name, seed, n, std] for n, std in enumerate(responses, 1)]
+        groups.setdefault(name, []).append([statistics.mean(final), load_metrics(config)["mpjpe"],
+                                            *gradients, statistics.mean(responses)])
+    write_csv(out / "degradation.csv", rows)
+    write_csv(out / "responses.csv", layers)
+    table = [[name, *map(lambda v: mean_std(v, 3), zip(*values))]
+             for name, values in groups.items()]
+    text = heading("Degradation", configs) + markdown(
+        ["", "training loss, last 10 %", "MPJPE mm", "gradient norm at conv1, before",
+         "after training", "std of 3x3 layers' responses"], table)
+    write_atomically(out / "degradation.md", text.encode())
+
+
+def degradation_figure(out: Path, configs: dict[tuple[str, int], Config]) -> None:
+    """Loss against steps, and responses against layers: thin = plain, bold = residual."""
+    def lines(path: str, x: str, y: str) -> list:
+        groups = {}
+        for row in csv.DictReader(io.StringIO((out / path).read_text())):
+            groups.setdefault(row["network"], {}).setdefault(int(row[x]), []).append(float(row[y]))
+        return [(name, "#c0392b" if "34" in name else "#2471a3", 1 if "plain" in name else 3,
+                 [*line], [statistics.mean(v) for v in line.values()])
+                for name, line in groups.items()]
+    losses = [(*style, *zip(*[(x, y) for x, y in zip(xs, ys) if x > 0.05 * xs[-1]]))
+              for *style, xs, ys in lines("degradation.csv", "step", "loss")]
+    save_png(out / "degradation.png", torch.cat([
+        draw_chart("training loss", "step", losses),
+        draw_chart("std of the 3x3 layers' responses", "layer",
+                   lines("responses.csv", "layer", "response_std"))], 2))
+
+
 def pick_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def small_preset(given: dict) -> dict:
+def small_preset(given: dict, degradation: bool = False) -> dict:
     """--small's changes, printed; fewer steps where there is no GPU."""
-    preset = SMALL | (SMALL_CPU if given["device"] == "cpu" else {})
+    preset = SMALL | (DEGRADATION if degradation else {})
+    if given["device"] == "cpu":
+        preset |= SMALL_CPU | (DEGRADATION_CPU if degradation else {})
     shown = {name: value for name, value in (preset | given).items()
              if value != getattr(Config, name) and name not in ("device", "out")}
     print("--small changes:", ", ".join(f"{n} {getattr(Config, n)} -> {v}"
                                         for n, v in shown.items()))
     if given["device"] == "cpu":
-        print("no GPU:", ", ".join(f"{n} {v} instead of {SMALL[n]}" for n, v in SMALL_CPU.items()
+        print("no GPU:", ", ".join(f"{n} {preset[n]} instead of {SMALL[n]}" for n in SMALL_CPU
                                    if n not in given))
     return preset
 
@@ -585,11 +938,8 @@ def run(argv: list[str] | None) -> None:
     if args.eval:
         checkpoint = load_checkpoint(args.eval, "--eval")
         config = config_of(checkpoint, given, {"smpl", "eval_pictures"}, "--eval")
-        smpl = SMPL(config.smpl or None).to(config.device)
-        check_body(checkpoint, smpl)
-        model, _, _ = build(config, smpl, checkpoint)
-        model.load_state_dict(checkpoint["model"])
-        print_table(evaluate(model, config, torch.device(config.device)))
+        model, D = restore(checkpoint, config)
+        print_table(evaluate(model, config, torch.device(config.device), D if config.adv else None))
     elif args.resume:
         checkpoint = load_checkpoint(Path(given["out"]) / "checkpoint.pt", "--resume")
         config = config_of(checkpoint, given, {"smpl", "steps", "log_every", "picture_every",
@@ -599,14 +949,18 @@ def run(argv: list[str] | None) -> None:
                              f"{checkpoint['step']}")
         train(config, checkpoint)
     else:
-        train(make_config(given, small_preset(given) if args.small else {}))
+        preset = small_preset(given, args.degradation) if args.small else {}
+        if args.experiment:
+            experiment(given, preset, args)
+        else:
+            train(make_config(given, preset))
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         return exit_status("train.py", lambda: run(argv))
     except KeyboardInterrupt as stop:
-        print(f"\nstopped; saved: go on with  python train.py --resume --out {stop}" if stop.args
+        print(f"\nstopped; saved: go on with  python train.py {stop}" if stop.args
               else "\nstopped outside the training loop; a checkpoint, if there was one, is kept",
               file=sys.stderr)
         return 130
