@@ -1,19 +1,20 @@
 """Make the open data: assets/mocap.npz, recorded motion as SMPL poses, and assets/body.npz, a human
-body in SMPL's file format.
+body in SMPL's file format; also assets/posedirs.png, what the body's pose blend shapes do.
 
-    pip install numpy scipy torch anny==0.6.2 pybullet==3.2.7   # only to rebuild; not to run
-    python assets/make_assets.py                                # about a minute, one core
+    pip install -r requirements.txt anny==0.6.2 pybullet==3.2.7   # only to rebuild; not to run
+    python assets/make_assets.py                                  # about a minute, one core
 
 The body is MakeHuman's (public domain, CC0), as packed in anny: its mesh of 1,229 vertices, brought
 to SMPL's T-pose, joints and keys. Only data inside the wheel is used, and nothing of SMPL's. The
 first run also makes anny's own cache (0.6 GB in ~/.cache/anny, or $ANNY_CACHE_DIR); throw it away.
 The motion is that of 15 clips in the pybullet wheel (zlib licence), which carry DeepMimic's
 skeleton; pybullet itself is not started. The body's mean_pose is computed from them.
-A second run writes the same bytes. It prints, in 46 s on one core (numpy 2.4, torch 2.13, CPU):
+The pose blend shapes are learned from dual-quaternion skinning on those clips.
+A second run writes the same bytes. It prints, in 58 s on one core (numpy 2.4, torch 2.13, CPU):
 
     mocap.npz: 430 KiB, 15 clips, 1620 frames; frames and largest tilt of the root, degrees:
       (a line a clip: the table in assets/README.md)
-    body.npz: 103 KiB, 1229 vertices, 2454 triangles, volume of the template 69.7 l
+    body.npz: 172 KiB, 1229 vertices, 2454 triangles, volume of the template 69.7 l
     1000 new sampled adults: stature 1.72 +- 0.08 m, 1.53 to 1.91; BMI 23.9 +- 3.5, 16.1 to 40.4
     2000 draws of betas ~ N(0, 1): stature 1.72 +- 0.08 m, 1.47 to 1.97;
                                                                   BMI 23.9 +- 3.6, 13.7 to 36.4
@@ -23,10 +24,13 @@ A second run writes the same bytes. It prints, in 46 s on one core (numpy 2.4, t
     new adults through 10 betas: 1.6 mm a vertex, worst adult 4.6 mm
     J_regressor on new adults: mean 2.2 mm, worst 14 mm (hips and shoulders)
     keypoint to joint, mean/worst of 500 in mm
-      T-pose          LHip 9/23, LKnee 5/15, LAnkle 1/3, LShoulder 3/9, LElbow 4/14, LWrist 1/4
-      random poses    LHip 10/26, LKnee 5/15, LAnkle 1/4, LShoulder 4/10, LElbow 4/13, LWrist 1/3
-      L_elbow bent 90 LHip 8/22, LKnee 5/12, LAnkle 1/3, LShoulder 3/10, LElbow 4/11, LWrist 1/3
-      L_knee bent 90  LHip 9/28, LKnee 4/11, LAnkle 1/4, LShoulder 3/8, LElbow 4/13, LWrist 1/4
+      T-pose          LHip 8/23, LKnee 5/15, LAnkle 1/3, LShoulder 3/10, LElbow 4/14, LWrist 1/4
+      random poses    LHip 10/25, LKnee 5/15, LAnkle 2/4, LShoulder 4/9, LElbow 4/13, LWrist 1/3
+      L_elbow bent 90 LHip 8/23, LKnee 5/12, LAnkle 1/3, LShoulder 3/10, LElbow 4/11, LWrist 1/3
+      L_knee bent 90  LHip 8/27, LKnee 4/11, LAnkle 1/4, LShoulder 3/8, LElbow 4/13, LWrist 1/4
+    posedirs: 4.1% of the numbers are not zero
+    distance to dual-quaternion skinning without -> with them, 321 held-out frames, mm
+      (the table in assets/README.md)
 
 The keys, what differs from SMPL's file, and what of the motion is invented: see assets/README.md.
 """
@@ -448,7 +452,7 @@ def keypoint_regressor(body, eye, v_mirror):
 # dual-quaternion skinning (Kavan et al., "Skinning with Dual Quaternions", 2007), which averages
 # the same motions with the same weights, but on the group of rigid motions, where nothing shrinks.
 
-RIDGE_POSE = 1e-3        # of the mean squared feature; keeps unheard-of poses from growing spikes
+RIDGE_POSE = 1e-3        # on top of each feature's mean square: no spikes in unheard-of poses
 
 
 def training_poses(clips, rng, n=1000):
@@ -557,9 +561,40 @@ def report_pose_shapes(body, clips):
             regions[j] = (w[:, k] > 0.1) & (w[:, PARENTS[k]] > 0.1)
         for name, at in regions.items():
             b, a = before[:, at], after[:, at]
-            print(f"  {who:12s} {name:12s} RMS {rms(b):4.1f} -> {rms(a):3.1f} ({1 - rms(a) / rms(b):.0%} "
-                  f"less), 99 % below {np.percentile(b, 99):2.0f} -> {np.percentile(a, 99):2.0f}, "
-                  f"largest {b.max():.0f} -> {a.max():.0f}")
+            b99, a99, less = np.percentile(b, 99), np.percentile(a, 99), 1 - rms(a) / rms(b)
+            print(f"  {who:12s} {name:12s} RMS {rms(b):4.1f} -> {rms(a):.1f} ({less:.0%} less), "
+                  f"99 % below {b99:2.0f} -> {a99:.0f}, largest {b.max():.0f} -> {a.max():.0f}")
+
+
+# What the picture shows: turns in degrees, the joint in the middle, the camera's turns about x and
+# y, half the width of the view in metres.
+CLOSE_UPS = (({"L_elbow": (0, -120, 0)}, "L_elbow", (90, 0), 0.13),
+             ({"L_hip": (-40, 0, 0), "L_knee": (110, 0, 0)}, "L_knee", (0, -80), 0.19),
+             ({"L_collar": (0, 0, 20), "L_shoulder": (0, 0, 60)}, "L_shoulder", (0, 0), 0.19),
+             ({"L_hip": (-100, 0, 0), "L_knee": (100, 0, 0)}, "L_hip", (0, -80), 0.24))
+
+
+def draw_pose_shapes(path, body, size=220):
+    """Draw the template's elbow, knee, shoulder, hip; above without, below with posedirs."""
+    import sys, torch
+    sys.path.append(os.path.dirname(HERE))
+    from data import draw_mesh, save_png              # here: the data need no renderer
+    faces, columns = torch.from_numpy(body["f"].astype(np.int64)), []
+    for turns, middle, camera, half_width in CLOSE_UPS:
+        pose = np.zeros((1, 24, 3))
+        for joint, degrees in turns.items():
+            pose[0, JOINTS.index(joint)] = np.radians(degrees)
+        view = Rotation.from_euler("yx", camera[::-1], degrees=True).as_matrix()
+        column = []
+        for b in ({**body, "posedirs": np.zeros_like(body["posedirs"])}, body):
+            v, place, _ = smpl(b, np.zeros((1, 10)), pose)
+            v = (v - place[:, JOINTS.index(middle)]) @ view.T * [1, -1, -1]      # camera: y down
+            cam = torch.tensor([[1 / half_width, 0, 0]])
+            image = draw_mesh(torch.from_numpy(v).float(), faces, cam, size)[0]  # (3, size, size)
+            image[:, -4:], image[:, :, -4:] = 1, 1                               # a white rim
+            column.append(image)
+        columns.append(torch.cat(column, 1))
+    save_png(path, torch.cat(columns, 2))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -609,6 +644,7 @@ def make_body(path, clips):
     report_shapes(body, share, *t_posed_adults(source, 1000, seed=2)[:2])
     report_keypoints(body)
     report_pose_shapes(body, clips)
+    draw_pose_shapes(os.path.join(os.path.dirname(path), "posedirs.png"), body)
 
 
 def report_shapes(body, share, v, joints):
