@@ -599,13 +599,24 @@ def draw_chart(title: str, x_label: str, lines: list, size: tuple[int, int] = (6
     return F.avg_pool2d(vision.pil_to_tensor(sheet)[None] / 255, 2)[0]
 
 
-def render_row(vertices: Tensor, faces: Tensor, size: int = 320) -> Tensor:
-    """Bodies (B, V, 3) in SMPL's y-up frame, side by side on white -> (3, size, B * size)."""
-    vertices = vertices * vertices.new_tensor([1, -1, -1])            # Rx(pi): to the camera frame
-    low, high = vertices[..., :2].amin(1), vertices[..., :2].amax(1)  # (B, 2)
-    scale = 1.8 / (high - low).amax().expand(len(vertices), 1)        # one scale for all
-    cam = torch.cat([scale, -(low + high) / 2], 1)                    # (B, 3)
-    return torch.cat(list(draw_mesh(vertices, faces, cam, size)), 2)
+def render_row(vertices: Tensor, faces: Tensor, size: int = 320, joints: Tensor | None = None,
+               center: Tensor | None = None, height: float | None = None) -> Tensor:
+    """Bodies (B, V, 3) in SMPL's y-up frame, side by side on white -> (3, size, B * size).
+
+    joints (B, 24, 3): drawn in, as if the skin were glass.  It shows `height` metres (if None,
+    what the largest body needs) around `center` (B, 3) (if None, the body's middle).
+    """
+    low, high = vertices.amin(1), vertices.amax(1)                    # (B, 3)
+    center = (low + high) / 2 if center is None else center
+    scale = 2 / (height or float((high - low)[:, :2].amax()) / 0.9)
+    to_camera = vertices.new_tensor([1, -1, -1])                      # Rx(pi)
+    shift = -center[:, :2] * to_camera[:2]                            # (B, 2)
+    cam = torch.cat([torch.full_like(shift[:, :1], scale), shift], 1)             # (B, 3)
+    drawn = draw_mesh(vertices * to_camera, faces, cam, size)         # (B, 3, size, size)
+    if joints is not None:
+        points = project(joints * to_camera, cam)                     # (B, 24, 2)
+        drawn = [draw_points(image, p, radius=size / 90) for image, p in zip(drawn, points)]
+    return torch.cat(list(drawn), 2)
 
 
 def main(argv: list[str] | None = None) -> int:

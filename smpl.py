@@ -19,6 +19,7 @@ axis, the length is the angle in radians.
 
 import argparse
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -442,7 +443,9 @@ def _latin1(text, encoding="latin1"):
     return text.encode("latin1")
 
 
-class _BodyUnpickler(pickle.Unpickler):
+class _BodyUnpickler(pickle._Unpickler):
+    # The pure-Python unpickler: its memo is a dict, where the one in C allocates as many slots as a
+    # file of ten bytes may ask for.
     KNOWN = {
         ("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): np.dtype,
         ("copy_reg", "_reconstructor"): _reconstructor,
@@ -503,13 +506,13 @@ def _read_raw(path: Path) -> dict:
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
+                return {key: file[key] for key in file.files if key in _KEYS + _OWN_KEYS}
         except Exception as error:
             raise ValueError(f"{path}: expected a readable .npz of plain arrays ({error}); get the "
                              f"file again, or use the official .pkl") from None
     try:
-        with open(path, "rb") as file:
-            raw = _BodyUnpickler(file, encoding="latin1").load()
+        # from memory, where a string that claims to be a terabyte ends with the file
+        raw = _BodyUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         if isinstance(raw, dict):
             return {key: _plain(value) for key, value in raw.items() if key in _KEYS + _OWN_KEYS}
     except pickle.UnpicklingError as error:
@@ -555,6 +558,14 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
     missing = [key for key in _KEYS if key not in raw]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; expected the keys of an SMPL file")
+    tree = np.asarray(raw["kintree_table"])
+    # The official table stores the root's parent as 4294967295, which is -1 in uint32.
+    parents = tree.astype(np.int64)[0].astype(np.int32) if tree.ndim == 2 and \
+        tree.dtype.kind in "fiu" else np.zeros(0)
+    if parents.tolist() != list(PARENTS):
+        others = {16: " (MANO has 16)", 52: " (SMPL-H has 52)", 55: " (SMPL-X has 55)"}
+        raise ValueError(f"{path}: kintree_table is not SMPL's tree of 24 joints but one of "
+                         f"{len(parents)}{others.get(len(parents), '')}; use a file of SMPL itself")
     V = len(np.asarray(raw["v_template"]))
     if "cocoplus_regressor" not in raw:
         raw["cocoplus_regressor"] = _approximate_keypoints(path, raw)
@@ -574,11 +585,7 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; get the file again")
         data[key] = array.astype(np.float64)
-    # The official table stores the root's parent as 4294967295, which is -1 in uint32.
-    data["parents"] = np.asarray(raw["kintree_table"]).astype(np.int64)[0].astype(np.int32)
-    if data["parents"].tolist() != list(PARENTS):
-        raise ValueError(f"{path}: kintree_table is not SMPL's tree of 24 joints; is it another "
-                         f"model's file (SMPL-X, MANO)?")
+    data["parents"] = parents
     data["f"] = np.asarray(raw["f"]).astype(np.int64)
     if data["f"].ndim != 2 or data["f"].shape[1] != 3 or not 0 <= data["f"].min() <= \
             data["f"].max() < V:
@@ -692,18 +699,36 @@ def _demo(smpl: SMPL, out: Path) -> None:
 
 
 def _demo_pictures(smpl: SMPL, out: Path) -> None:
-    from data import render_row, save_png       # the demo may look downstream; the module may not
-    pose = torch.zeros(4, 24, 3)
-    pose[1] = smpl.mean_pose.view(24, 3)
-    pose[2, 16, 2], pose[2, 19, 1], pose[2, 1, 0], pose[2, 4, 0] = -1.2, 1.5, -1.0, 1.4
-    pose[3, 0, 1] = 1.2                                             # turn to the person's left
-    betas = torch.zeros(4, 10)
-    betas[3, 0] = 2.0
-    vertices = smpl(betas, pose).vertices                             # (4, V, 3)
-    save_obj(out / "smpl.obj", vertices[2], smpl.faces)
-    save_png(out / "smpl.png", render_row(vertices, smpl.faces))
-    print(f"wrote {out / 'smpl.obj'} and {out / 'smpl.png'}: template, mean pose, a bent elbow and "
-          f"knee, turned with beta_0 = 2")
+    """One sheet, five rows of six pictures, and a body of the fourth row as an OBJ file."""
+    from data import load_mocap, render_row, save_png         # the demo may look downstream
+    size, rows = 256, []
+    for component in range(3):                  # beta = -3, -2, 0 (the template), 0 turned, 2, 3
+        betas, pose = torch.zeros(6, 10), torch.zeros(6, 24, 3)
+        betas[:, component] = torch.tensor([-3.0, -2, 0, 0, 2, 3])
+        pose[3, 0, 1] = torch.pi / 2                                  # towards the person's left
+        body = smpl(betas, pose)
+        rows.append(render_row(body.vertices, smpl.faces, size, body.joints, height=2.3))
+    frames = load_mocap(upright=True, held_out=True)                  # (N, 24, 3)
+    frames = frames[[n * len(frames) // 12 for n in range(1, 12, 2)]]             # (6, 24, 3)
+    body = smpl(torch.zeros(6, 10), frames)
+    rows.append(render_row(body.vertices, smpl.faces, size, body.joints, height=2.3))
+    # Hard bends, close up: linear blend skinning alone, and after the pose blend shapes.
+    pose = torch.zeros(3, 24, 3)
+    pose[0, 18, 1], pose[1, 16, 2], pose[2, 4, 0] = -2.0, 1.3, 1.9    # left elbow, shoulder, knee
+    pose[2, 0, 1] = pose[2, 1, 0] = -1.2                              # seen from the side, hip bent
+    pose[0, 0, 0] = 1.3                                               # seen from above
+    pose = pose.repeat_interleave(2, 0)                               # (6, 24, 3)
+    body = smpl(torch.zeros(6, 10), pose)
+    without, _ = lbs(torch.zeros(6, 10), batch_rodrigues(pose), smpl.v_template, smpl.shapedirs,
+                     torch.zeros_like(smpl.posedirs), smpl.J_regressor, smpl.parents, smpl.weights)
+    vertices = torch.stack([without[::2], body.vertices[1::2]], 1).flatten(0, 1)  # (6, V, 3)
+    center = body.joints[range(6), [18, 18, 16, 16, 4, 4]]            # (6, 3)
+    rows.append(render_row(vertices, smpl.faces, size, center=center, height=0.55))
+    save_png(out / "smpl.png", torch.cat(rows, 1))
+    save_obj(out / "smpl.obj", smpl(torch.zeros(1, 10), frames[:1]).vertices[0], smpl.faces)
+    print(f"wrote {out / 'smpl.obj'} and {out / 'smpl.png'}, whose rows are: betas 0, 1, 2 = -3, "
+          f"-2, 0, 0, 2, 3;\nheld-out motion; left elbow, shoulder, knee bent hard, by skinning "
+          f"alone | with pose blend shapes")
 
 
 if __name__ == "__main__":
