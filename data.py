@@ -546,17 +546,18 @@ def compare(path: str | Path, image: Tensor, sharp: Tensor, keypoints2d: Tensor,
     """PNG: the input | each column's bodies as overlay and turned 90 degrees; one row a picture.
 
     image (B, 3, h, h) what the network saw; sharp (B, 3, size, size) the same people, to draw
-    over; keypoints2d (B, 19, 2) the truth: unfilled circles, predictions filled (as in Fig. 5);
-    columns: title -> (vertices (B, V, 3), cam (B, 3), keypoints2d (B, 19, 2)).
+    over; keypoints2d (B, P, 2) the truth: unfilled circles, predictions filled (as in Fig. 5);
+    columns: title -> (vertices (B, V, 3), cam (B, 3), keypoints2d (B, P, 2)).
     """
-    size = sharp.shape[-1]
+    size, black, white = sharp.shape[-1], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     parts = [F.interpolate(image, (size, size), mode="nearest")]      # (B, 3, size, size)
-    for vertices, cam, points in columns.values():
+    for vertices, cam, predicted in columns.values():
         overlay = draw_mesh(vertices, faces, cam, size, sharp)
-        parts += [torch.stack([draw_points(draw_points(o, p, radius=2.5), t, (0.0, 0.45, 0.0), 4.5,
-                                           filled=False)
-                               for o, p, t in zip(overlay, points, keypoints2d)]),
-                  draw_mesh(side_view(vertices), faces, cam, size)]
+        for i, (true, pred) in enumerate(zip(keypoints2d, predicted)):
+            picture = draw_points(overlay[i], true, black, 5.5, filled=False)
+            picture = draw_points(picture, true, white, 4.5, filled=False)
+            overlay[i] = draw_points(draw_points(picture, pred, black, 3), pred, radius=2.2)
+        parts += [overlay, draw_mesh(side_view(vertices), faces, cam, size)]
     head = Image.new("RGB", (len(parts) * size, 32), "white")
     for i, title in enumerate(["input", *columns]):                   # a column is two parts wide
         ImageDraw.Draw(head).text((max(2 * i, 0.5) * size, 16), title, "black",

@@ -22,6 +22,7 @@ import pytest
 import scipy.sparse
 import torch
 import torchvision
+from PIL import Image
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.autograd import gradcheck
@@ -1370,6 +1371,113 @@ def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys
         with pytest.raises(SystemExit) as stop:
             train.main(arguments)
         assert stop.value.code == 2
+
+
+TINY = ["--device", "cpu", "--size", "32", "--width", "8", "--batch", "4", "--steps", "2",
+        "--eval-pictures", "4"]
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        return image.size                                             # width, height
+
+
+def test_the_ablation_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
+    out, steps, batch = tmp_path / "ablation", [], data.SyntheticPeople.batch
+    command = ["--small", "--ablate", *TINY, "--variants", "paired+adv,neither", "--out", str(out)]
+
+    def noted(world, step):
+        if world.batch_size == 4:                                     # training's, not evaluation's
+            steps.append((world.labels, step))
+            if len(steps) == 3:
+                signal.raise_signal(signal.SIGINT)
+        return batch(world, step)
+    monkeypatch.setattr(data.SyntheticPeople, "batch", noted)
+    assert train.main(command) == 130
+    assert "same options" in capsys.readouterr().err
+    assert weights_of(out / "neither_seed0")["step"] == 1, "interrupted, and saved"
+    assert "paired+adv,0,iteration 3" in (out / "ablation.csv").read_text(), "what there is so far"
+    assert train.main(command) == 0
+    assert steps == [("half", 0), ("half", 1), ("2d", 0), ("2d", 1)], "no step twice, none left out"
+    assert "neither, seed 0: run 2 of 2" in capsys.readouterr().out
+
+    rows = [r.split(",") for r in (out / "ablation.csv").read_text().split("\n")[:-1]]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+             (out / "ablation.md").read_text().split("\n") if line.startswith("|")]
+    for name in ("paired+adv", "neither"):
+        metrics = json.loads((out / f"{name}_seed0" / "metrics.json").read_text())
+        (row,) = [r for r in rows if r[0] == name and r[2] == "iteration 3"]
+        (line,) = [cells for cells in table[1:] if cells[0] == name and cells[1] != "MPJPE mm"]
+        for n, (key, _) in enumerate(train.COLUMNS):
+            close(float(row[3 + n]), metrics[key], 1e-9, f"{key} in the CSV file")
+            assert line[1 + n] == f"{metrics[key]:.1f}", f"{key} in the table"
+        assert (line[-1] == "") == (name == "neither"), "an untrained D has no opinion"
+    assert size_of(out / "ablation.png") == (5 * 224, 5 * 224 + 32), "input, 2 x 2; 5 pictures"
+    assert size_of(out / "iterations.png") == (9 * 224, 5 * 224 + 32), "Theta-bar, T = 1, 2, 3"
+
+    for flags, sentence in ((["--steps", "3"], "--steps 2, now it is 3"),
+                            (["--lr-d", "0.5"], "--lr-d"), (["--variants", "adv,all"], "'all'"),
+                            (["--no-adv"], "--adv"), (["--seeds", "0"], "--seeds")):
+        assert train.main([*command, *flags]) == 2, flags
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1, error
+    assert train.main(["--small", "--seeds", "2"]) == 2
+    with pytest.raises(SystemExit):
+        train.main(["--ablate", "--resume"])
+    assert len(steps) == 4, "a refused command trains nothing"
+
+
+def test_the_ablations_spread_is_over_seeds(tmp_path):
+    configs = {}
+    for seed, mpjpe in ((0, 100.0), (1, 110.0)):
+        configs["T=1", seed] = config = tiny(tmp_path / f"T=1_seed{seed}", iterations=1, seed=seed)
+        body = {key: mpjpe for key, _ in train.COLUMNS}
+        Path(config.out).mkdir()
+        (Path(config.out) / "metrics.json").write_text(json.dumps(
+            {"truth": body, "baseline": body, "per_iteration": [body], "seconds": 1.0,
+             "device": "none", "heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}))
+    train.ablation_tables(tmp_path, configs)
+    text = (tmp_path / "ablation.md").read_text()
+    assert "| T=1 | 105.0 ± 7.1 |" in text, f"sample standard deviation of 100 and 110: {text}"
+    assert "| 0.60 | 0.25 |" in text and "seeds 0, 1" in text
+
+
+def test_degradation_measures_four_networks(tmp_path, body):
+    out = tmp_path / "runs"
+    assert train.main(["--degradation", *TINY, "--variants", "plain-18,ResNet-34", "--log-every",
+                       "1", "--out", str(out)]) == 0
+    rows = [r.split(",") for r in (out / "degradation.csv").read_text().split()]
+    assert [r[:3] for r in rows[1:]] == [[n, "0", s] for n in ("plain-18", "ResNet-34")
+                                         for s in "12"]
+    text = (out / "degradation.md").read_text()
+    assert f"| plain-18 | {float(rows[2][3]):.2f} |" in text, "loss of the last 10 % of the steps"
+    (before, after), layers = json.loads((out / "plain-18_seed0" / "probe.json").read_text())
+    assert before > 0 and after > 0 and before != after
+    assert len(layers) == 16, "18 layers less the first and the last are 3x3"
+    assert len(json.loads((out / "ResNet-34_seed0" / "probe.json").read_text())[1]) == 32
+    checkpoint = weights_of(out / "plain-18_seed0")
+    config = train.Config(**checkpoint["config"])
+    assert config.plain and not config.adv and config.depth == 18
+    model, _ = train.restore(checkpoint, config)
+    with torch.no_grad():
+        image = next(train.evaluation_pictures(config, body, "cpu")).image
+        e = model.encoder
+        x = e.bn1(e.conv1((image - model.mean) / model.std)).relu()
+        x = nn.functional.max_pool2d(x, 3, 2, 1)
+        block = e.layer1[0]
+        first = block.bn1(block.conv1(x))
+        second = block.bn2(block.conv2(first.relu()))
+    close(layers[:2], [first.std(), second.std()], 1e-4, "after BN, before ReLU, in eval mode")
+    assert size_of(out / "degradation.png") == (2 * 640, 420)
+
+
+def test_a_chart_has_its_lines_where_they_belong():
+    chart = data.draw_chart("t", "x", [("up", "#ff0000", 3, [0, 10], [0, 10])])
+    red = (chart[0] > 0.8) & (chart[1:] < 0.2).all(0)                 # (H, W)
+    row, column = red[:, :490].nonzero(as_tuple=True)                 # left of the legend
+    slope = -(row.max() - row.min()) / (column.max() - column.min())
+    assert len(row) > 300 and column.min() < 70 and row.max() > 360, "from the lower left corner"
+    close(slope, -(370 - 35) / (625 - 60), 0.03, "straight to the upper right one")
 
 
 def test_imagenet_weights_load_into_the_encoder(tmp_path):

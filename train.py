@@ -7,6 +7,8 @@ Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
     python train.py --eval runs/small/checkpoint.pt # the table again
     python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
     python train.py --resume --out runs/small       # go on after Ctrl-C
+    python train.py --small --ablate                # the paper's claims, one by one: seven runs
+    python train.py --degradation                   # the slides' plain and residual networks
 
 Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14 = LSP)   V vertices
 """
@@ -615,7 +617,8 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
     args.experiment = args.ablate or args.degradation
     for option in ("variants", "seeds"):
         if getattr(args, option) is not None and not args.experiment:
-            parser.error(f"--{option} belongs to --ablate or --degradation")
+            raise ValueError(f"--{option} belongs to --ablate or --degradation; add one of them "
+                             f"or leave it out")
     if args.seeds is None:
         args.seeds = 1
     args.small |= args.degradation
@@ -669,16 +672,14 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
     Each run has its own folder, out/<variant>_seed<k>; a finished one is left alone, an interrupted
     one goes on.  Raises ValueError.
     """
-    variants, report, draw = (ABLATION, ablation_tables, ablation_figures) if args.ablate else \
-        (NETWORKS, degradation_tables, degradation_figure)
+    variants, kind = (ABLATION, "ablation") if args.ablate else (NETWORKS, "degradation")
     names = list(variants) if args.variants is None else args.variants.split(",")
     for name in names:
         if name not in variants:
             raise ValueError(f"--variants {args.variants}: {name!r} is none of the variants "
                              f"{', '.join(variants)}")
-    for name in {field for change in variants.values() for field in change} & set(given):
-        raise ValueError(f"{flags_of(name)[0]}: the variants differ in it; leave it out, or pick "
-                         f"some by --variants")
+    for name in set(given) & set().union(*variants.values()):
+        raise ValueError(f"{flags_of(name)[0]}: the variants differ in it; leave it out")
     if args.seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {args.seeds}")
     out, first = Path(given["out"]), given.get("seed", 0)
@@ -690,26 +691,27 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
     def finished() -> dict[tuple[str, int], Config]:
         """The folder's runs, earlier calls' included, in the variants' order."""
         found = [(name, int(path.parent.name.rpartition("_seed")[2])) for name in variants
-                 for path in sorted(out.glob(f"{name}_seed*/metrics.json"))]
+                 for path in sorted(out.glob(f"{name}_seed[0-9]*/metrics.json"))]
         return {run: config_of_run(*run) for run in found}
     wanted = [(name, seed) for seed in range(first, first + args.seeds) for name in names]
     for config in [config_of_run(*run) for run in wanted] + list(finished().values()):
         require_same_settings(config)
-    for n, run in enumerate(wanted):
-        config, done = config_of_run(*run), finished()
-        if run not in done:
-            seconds = [load_metrics(c)["seconds"] for c in done.values()]
-            left = sum(r not in done for r in wanted) * sum(seconds) / max(len(seconds), 1)
-            print(f"\n{run[0]}, seed {run[1]}: run {n + 1} of {len(wanted)}" + (
-                f", about {datetime.timedelta(seconds=round(left))} left" if seconds else ""))
-            try:
-                train_or_go_on(config)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt("with the same options as before") from None
-            report(out, finished())
-    report(out, finished())
-    draw(out, finished())
-    print((out / f"{report.__name__.partition('_')[0]}.md").read_text() + f"\nwritten to {out}")
+    missing = [run for run in wanted if run not in finished()]
+    for n, run in enumerate(missing):
+        seconds = [load_metrics(config)["seconds"] for config in finished().values()]
+        left = (len(missing) - n) * sum(seconds) / max(len(seconds), 1)
+        print(f"\n{run[0]}, seed {run[1]}: run {len(wanted) - len(missing) + n + 1} of "
+              f"{len(wanted)}" + (f", {datetime.timedelta(seconds=round(left))} left for all"
+                                  if seconds else ""))
+        try:
+            train_or_go_on(config_of_run(*run))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("with the same options as before") from None
+        if run != missing[-1]:
+            TABLES[kind](out, finished())       # what there is so far
+    TABLES[kind](out, finished())
+    FIGURES[kind](out, finished())
+    print("\n" + (out / f"{kind}.md").read_text() + f"\nwritten to {out}")
 
 
 def require_same_settings(config: Config) -> None:
@@ -743,9 +745,9 @@ def train_or_go_on(config: Config) -> None:
         train(config)
 
 
-def mean_std(values: list[float], digits: int = 1) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+def mean_std(values: list[float], form: str = ".1f") -> str:
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
 
 
 def markdown(title: list[str], rows: list[list[str]]) -> str:
@@ -756,8 +758,8 @@ def markdown(title: list[str], rows: list[list[str]]) -> str:
 def heading(what: str, configs: dict) -> str:
     """Where the numbers come from; the spread is the sample standard deviation over seeds."""
     c, m = next((c, load_metrics(c)) for c in configs.values())
-    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, ResNet-{c.depth} of "
-            f"width {c.width}, seeds {', '.join(map(str, sorted({k for _, k in configs})))}; mean "
+    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, networks of width "
+            f"{c.width}, seeds {', '.join(map(str, sorted({k for _, k in configs})))}; mean "
             f"± standard deviation over seeds. {m['device']}, torch {torch.__version__}.\n\n")
 
 
@@ -786,7 +788,7 @@ def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
 
     def line(title: str, group: tuple[str, str], columns: int) -> list[str]:
         cells = [mean_std(v) for v in zip(*groups[group])][:len(keys)]
-        heads = [mean_std(v, 2) for v in zip(*groups[group])][len(keys):]
+        heads = [mean_std(v, ".2f") for v in zip(*groups[group])][len(keys):]
         return [title, *cells, *heads][:columns]
     T = {name: config.iterations for (name, _), config in configs.items()}
     one = next(iter(T))
@@ -809,33 +811,35 @@ def ablation_figures(out: Path, configs: dict[tuple[str, int], Config]) -> None:
     """Five held-out pictures, taken at regular intervals: what each variant of the first seed
     sees in them (ablation.png), and how the iterations arrive there (iterations.png)."""
     seed = min(seed for _, seed in configs)
-    columns, iterations, size = {}, {}, 224
-    for name in [name for name in FIGURE if (name, seed) in configs]:
-        config = configs[name, seed]
+    drawn = {name: configs[name, seed] for name in FIGURE if (name, seed) in configs}
+    columns, iterations = {}, {}
+    for name, config in drawn.items():
         model, _ = restore(load_checkpoint(Path(config.out) / "checkpoint.pt", "--out"), config)
-        # the same people twice: as the network sees them, and large enough to draw on
-        seen, sharp = ([f[::13] for f in next(evaluation_pictures(dataclasses.replace(
-            config, size=s, eval_pictures=64), model.smpl, config.device))]
-            for s in (config.size, max(size, config.size)))
-        image, keypoints2d, *_ = seen
+        if not columns:     # the same people twice: as the network sees them, and fit to draw on
+            (image, keypoints2d, *_), (sharp, *_) = (
+                [f[::13] for f in next(evaluation_pictures(dataclasses.replace(
+                    config, size=size, eval_pictures=64), model.smpl, config.device))]
+                for size in (config.size, max(config.size, 224)))
         thetas, _ = model(image)
-        bodies = [model.decode(theta, vertices=True)
-                  for theta in (model.regressor.theta_bar.expand(len(image), -1), *thetas)]
-        parts = [(body.vertices, body.cam, body.keypoints2d) for body in bodies]
+        parts = [(body.vertices, body.cam, body.keypoints2d[:, :LSP]) for body in (
+            model.decode(theta, vertices=True)
+            for theta in (model.regressor.theta_bar.expand(len(image), -1), *thetas))]
         columns[FIGURE[name]] = parts[-1]
         if name == "paired+adv":
-            iterations = {"Theta-bar" if t == 0 else f"iteration {t}": p
-                          for t, p in enumerate(parts)}
-    if columns:
-        compare(out / "ablation.png", image, sharp[0], keypoints2d, columns, model.smpl.faces)
-    if iterations:
-        compare(out / "iterations.png", image, sharp[0], keypoints2d, iterations, model.smpl.faces)
+            iterations = dict(zip(["Theta-bar"] + [f"iteration {t + 1}" for t in
+                                                   range(len(thetas))], parts))
+    for name, shown in (("ablation.png", columns), ("iterations.png", iterations)):
+        if shown:
+            compare(out / name, image, sharp, keypoints2d[:, :LSP], shown, model.smpl.faces)
 
 
 def probe(config: Config) -> tuple[list[float], list[float]]:
     """A finished run -> norms of the loss's gradient at the first layer, before and after training
     (on one batch that training did not see); and the standard deviation of each 3x3 layer's
     response after BN, before ReLU and addition, on held-out pictures (He et al., Fig. 7)."""
+    kept = Path(config.out) / "probe.json"
+    if kept.is_file():
+        return tuple(json.loads(kept.read_text()))
     device = torch.device(config.device)
     torch.manual_seed(config.seed)              # as `train` begins
     model, _, _ = build(config, SMPL(config.smpl or None).to(device))
@@ -858,7 +862,9 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
     with torch.no_grad():
         model.eval()(next(evaluation_pictures(config, model.smpl, device)).image)
     layers = list(responses)                    # the gradient's forward pass appends again
-    return [before, gradient()], layers
+    result = [before, gradient()], layers
+    write_atomically(kept, json.dumps(result).encode())
+    return result
 
 
 def loss_curve(config: Config) -> tuple[list[int], list[float]]:
@@ -880,8 +886,8 @@ def degradation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> Non
                                             *gradients, statistics.mean(responses)])
     write_csv(out / "degradation.csv", rows)
     write_csv(out / "responses.csv", layers)
-    table = [[name, *map(lambda v: mean_std(v, 3), zip(*values))]
-             for name, values in groups.items()]
+    forms = (".2f", ".1f", ".4g", ".4g", ".3f")
+    table = [[name, *map(mean_std, zip(*values), forms)] for name, values in groups.items()]
     text = heading("Degradation", configs) + markdown(
         ["", "training loss, last 10 %", "MPJPE mm", "gradient norm at conv1, before",
          "after training", "std of 3x3 layers' responses"], table)
@@ -903,6 +909,10 @@ def degradation_figure(out: Path, configs: dict[tuple[str, int], Config]) -> Non
         draw_chart("training loss", "step", losses),
         draw_chart("std of the 3x3 layers' responses", "layer",
                    lines("responses.csv", "layer", "response_std"))], 2))
+
+
+TABLES = {"ablation": ablation_tables, "degradation": degradation_tables}
+FIGURES = {"ablation": ablation_figures, "degradation": degradation_figure}
 
 
 def pick_device(name: str) -> str:
