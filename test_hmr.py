@@ -305,6 +305,56 @@ def test_the_open_body_is_a_person(body):
     assert 0.04 < volume < 0.11, f"{volume:.3f} m^3: faces must be counter-clockwise from outside"
 
 
+def dual_quaternion_skinning(v, weights, A):
+    """v (B, V, 3), weights (V, 24), bones' motions A (B, 24, 4, 4) -> (B, V, 3).  Kavan 2007."""
+    q = Rotation.from_matrix(A[..., :3, :3].reshape(-1, 3, 3)).as_quat().reshape(-1, 24, 4)   # xyzw
+    for j in range(1, 24):              # q and -q are one rotation: take the parent's hemisphere
+        q[(q[:, j] * q[:, PARENTS[j]]).sum(1) < 0, j] *= -1
+    t, xyz, w = A[..., :3, 3], q[..., :3], q[..., 3:]
+    dual = np.concatenate([np.cross(t, xyz) + w * t, -(t * xyz).sum(-1, keepdims=True)], -1) / 2
+    q, dual = np.einsum("vj,bjk->bvk", weights, q), np.einsum("vj,bjk->bvk", weights, dual)
+    size = np.linalg.norm(q, axis=-1, keepdims=True)
+    q, dual = q / size, dual / size
+    shift = 2 * (q[..., 3:] * dual[..., :3] - dual[..., 3:] * q[..., :3]
+                 + np.cross(q[..., :3], dual[..., :3]))
+    turned = Rotation.from_quat(q.reshape(-1, 4)).apply(v.reshape(-1, 3)).reshape(v.shape)
+    return turned + shift
+
+
+@pytest.mark.parametrize("spread", [0, 1])
+def test_pose_blend_shapes_remove_most_of_what_linear_skinning_gets_wrong(body, spread):
+    """On clips that nothing was fitted to, the open body's skin is near dual quaternions'."""
+    pose = data.load_mocap(upright=False, held_out=True)[::4].double()           # (81, 24, 3)
+    betas = spread * torch.randn(len(pose), 10, generator=torch.Generator().manual_seed(0)).double()
+    arrays = {k: getattr(body, k).double() for k in ("v_template", "shapedirs", "posedirs",
+                                                     "J_regressor", "weights")}
+    rotmats = batch_rodrigues(pose)                                   # (B, 24, 3, 3)
+    rest = arrays["v_template"] + blend_shapes(betas, arrays["shapedirs"])       # (B, V, 3)
+    J = torch.einsum("jv,bvc->bjc", arrays["J_regressor"], rest)      # (B, 24, 3)
+    A = batch_rigid_transform(rotmats, J, PARENTS)[1]                 # (B, 24, 4, 4)
+    target = dual_quaternion_skinning(rest.numpy(), arrays["weights"].numpy(), A.numpy())
+
+    def distance(posedirs) -> float:                                  # RMS, mm
+        vertices, _ = lbs(betas, rotmats, **{**arrays, "posedirs": posedirs}, parents=PARENTS)
+        return 1000 * ((vertices.numpy() - target) ** 2).sum(-1).mean() ** 0.5
+    without, with_them = distance(0 * arrays["posedirs"]), distance(arrays["posedirs"])
+    assert 3 < without < 6, f"linear skinning is {without:.2f} mm off: a wrong target?"
+    assert with_them < 0.3 * without, f"{without:.2f} mm without, {with_them:.2f} mm with them"
+
+
+def test_pose_blend_shapes_are_symmetric_and_local(body):
+    """Mirrored features move mirrored vertices; few numbers are not zero."""
+    D = body.posedirs.double().unflatten(2, (23, 3, 3))               # (V, 3, 23, 3, 3)
+    t = body.v_template.double()
+    sign = t.new_tensor([-1, 1, 1])
+    mirror = torch.cdist(t * sign, t).argmin(1)                       # (V,)
+    joints = torch.tensor(FLIP_JOINTS[1:]) - 1
+    other = D[mirror][:, :, joints] * torch.einsum("i,a,b->iab", sign, sign, sign)[:, None]
+    assert torch.equal(other, D), "left and right are not mirror images"
+    share = (D != 0).double().mean().item()
+    assert 0.02 < share < 0.10, f"{share:.1%} of posedirs are not zero"
+
+
 def test_the_population_is_believable(body):
     betas = torch.randn(2000, 10)
     y = (body.v_template[:, 1] + betas @ body.shapedirs[:, 1].T)
