@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -312,6 +313,9 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     """
     mask = mask.to(error.dtype).expand_as(error)
     count = mask.sum()
+    if dist.is_initialized():     # several processes (torchrun): DDP averages their gradients, so
+        dist.all_reduce(count)    # over their MEAN count each loss gives the joined batch's mean
+        count /= dist.get_world_size()
     return (error * mask).sum() / torch.where(count > 0, count, torch.ones_like(count))
 
 

@@ -1229,6 +1229,104 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, capsys):
         assert sentence in error and error.count("\n") == 1, error
 
 
+def one_process(rank: int, ranks: int, folder: str) -> None:
+    """Run train()'s first step on this rank's part of a fixed batch; keep the gradients it leaves.
+
+    float64, batch norm in eval mode, no dropout; only the last picture of each half has 3D, and
+    the second half sees few keypoints and, of SMPL labels, none.
+    """
+    folder, B = Path(folder), 8
+    if ranks > 1:
+        train.dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                      world_size=ranks)
+    mine, kept = slice(rank * B // ranks, (rank + 1) * B // ranks), {}
+    build = train.build
+
+    def build_in_eval_mode(*args):
+        model, D, lr = build(*args)
+        kept.update(E=model.double().eval(), D=D.double())
+        model.train = lambda mode=True: model
+        return model, D, lr
+
+    def joined_batch(world, step):
+        assert world.batch_size == B // ranks and world.rank == rank
+        joined = batch(data.SyntheticPeople(world.smpl.float(), world.frames, B, 32, labels="all"),
+                       step)
+        world.smpl.double()
+        has_3d, visible = torch.zeros(B), torch.ones(B, 19)
+        has_3d[[0, 1, 2, 7]], visible[4:, 3:] = 1, 0
+        joined = joined._replace(has_3d=has_3d, has_smpl=has_3d * (torch.arange(B) < 4),
+                                 visible=visible)
+        return data.Batch(*(field[mine].double() for field in joined))
+
+    def joined_motion(world, n, step):
+        rng = torch.Generator().manual_seed(1)
+        R = batch_rodrigues(torch.randn(n * ranks, 23, 3, generator=rng).double())
+        betas = torch.randn(n * ranks, 10, generator=rng).double()
+        return R[rank * n:(rank + 1) * n], betas[rank * n:(rank + 1) * n]
+    batch = data.SyntheticPeople.batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build", build_in_eval_mode)
+        patch.setattr(train, "evaluation_pictures", lambda *_: iter([None]))
+        patch.setattr(train, "finish", lambda *_: {})
+        patch.setattr(data.SyntheticPeople, "batch", joined_batch)
+        patch.setattr(data.SyntheticPeople, "motion", joined_motion)
+        train.train(tiny(folder / "run", steps=1, batch=B, dropout=0.0, log_every=1))
+    torch.save({f"{name}.{key}": p.grad for name, module in kept.items()
+                for key, p in module.named_parameters()}, folder / f"rank{rank}.pt")
+    if ranks > 1:
+        train.dist.destroy_process_group()
+
+
+def test_two_processes_learn_what_one_learns_from_the_joined_batch(tmp_path, monkeypatch):
+    """Whole steps of train(), E's and D's; the halves' labels are unbalanced on purpose."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")                    # no name to look up
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    one_process(0, 1, str(tmp_path / "one"))
+    torch.multiprocessing.spawn(one_process, (2, str(tmp_path / "two")), nprocs=2)
+    one = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
+    for rank in (0, 1):
+        two = torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True)
+        assert one.keys() == two.keys() and {key[0] for key in one} == {"E", "D"}
+        for key in one:                       # float64: only the order of sums differs
+            close(two[key], one[key], 1e-6 * one[key].abs().max().item(),
+                  f"{key}, rank {rank}: a mean over the rank's labels instead of all ranks'?")
+    rows = [dict(zip(*(line.split(",") for line in (tmp_path / f / "run" / "log.csv").read_text()
+                       .split()))) for f in ("one", "two")]
+    for column in train.Log.COLUMNS[1:10]:
+        close(float(rows[1][column]), float(rows[0][column]), 2e-5 * abs(float(rows[0][column])),
+              f"{column}: the log must show the joined batch's losses (6 digits are written)")
+    a, b = (weights_of(tmp_path / f / "run") for f in ("one", "two"))
+    assert a["model"].keys() == b["model"].keys() and \
+        a["discriminator"].keys() == b["discriminator"].keys(), "saved as `module.`?"
+
+
+def test_torchrun_trains_and_one_process_goes_on(tmp_path):
+    out = str(tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                str(HERE / "train.py"), "--small", "--device", "cpu", "--width", "8", "--size",
+                "32", "--steps", "2", "--eval-pictures", "2", "--log-every", "1", "--out", out]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*torchrun, "--batch", "4"], env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loss_E") == 1, "rank 0 alone prints"
+    assert train.main(["--resume", "--out", out, "--steps", "3"]) == 0
+    rows = (tmp_path / "run" / "log.csv").read_text().split()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
+    assert weights_of(tmp_path / "run")["opt_E"]["state"][0]["step"] == 3, "Adam starts again?"
+
+
+def test_several_processes_share_the_batch_evenly(monkeypatch):
+    monkeypatch.setattr(train, "rank_and_ranks", lambda: (1, 4))
+    assert train.training_world(train.make_config({}, {"size": 32, "batch": 12}), SMPL(),
+                                "cpu").batch_size == 3
+    for batch in (10, 4):
+        with pytest.raises(ValueError, match="--batch .* multiple of the 4 processes"):
+            train.make_config({"batch": batch}, {})
+
+
 def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys):
     out = tmp_path / "run"
     (out).mkdir()

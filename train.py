@@ -7,6 +7,7 @@ Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
     python train.py --eval runs/small/checkpoint.pt # the table again
     python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
     python train.py --resume --out runs/small       # go on after Ctrl-C
+    torchrun --nproc_per_node=2 train.py --small    # two processes share each batch
 
 Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14 = LSP)   V vertices
 """
@@ -17,6 +18,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -25,8 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch, SyntheticPeople, load_mocap, look_at, save_png
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
@@ -161,8 +165,9 @@ def evaluation_pictures(config: Config, smpl: SMPL, device):
 
 
 def training_world(config: Config, smpl: SMPL, device) -> SyntheticPeople:
-    return SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch,
-                           config.size, config.look, config.seed, device=device,
+    rank, ranks = rank_and_ranks()                                    # each process draws its share
+    return SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch // ranks,
+                           config.size, config.look, config.seed, rank, device=device,
                            labels="half" if config.paired else "2d")
 
 
@@ -217,7 +222,8 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
     out, device = Path(config.out), torch.device(config.device)
     if not checkpoint:
         refuse_a_used_folder(out)
-    torch.manual_seed(config.seed)                                    # initialisation and dropout
+    rank, _ = rank_and_ranks()                                        # 0 unless torchrun is used
+    torch.manual_seed(config.seed + rank)                             # initialisation and dropout
     smpl = SMPL(config.smpl or None).to(device)
     model, D, lr = build(config, smpl, checkpoint)
     world = training_world(config, smpl, device)
@@ -229,21 +235,22 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
     log = Log(out, config, lr, start, seconds)
     shown = next(evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl, device))
     model.train(), D.train()
+    E, judge = share_gradients(model), share_gradients(D)   # under torchrun; else the same objects
     with finish_the_step_first() as stopping:                         # on Ctrl-C
         for step in range(start, config.steps):
             for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
                 optimizer.param_groups[0]["lr"] = rate * lr_factor(step, config)
             batch = world.batch(0 if config.overfit else step)
             image = batch.image.contiguous(memory_format=torch.channels_last)
-            thetas, pred = model(image)                               # T x (B, 85), decoded Theta_T
+            thetas, pred = E(image)                                   # T x (B, 85), decoded Theta_T
             # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
             _, pose, betas = split_theta(torch.cat(thetas))           # (N, 72), (N, 10); N = B * T
             rotmats = pose_to_rotmats(pose)[:, 1:]                    # (N, 23, 3, 3) without root
 
             # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]    Eq. (8) --
             real_rotmats, real_betas = world.motion(len(rotmats), step)    # as many real as fake
-            real = D(real_rotmats, real_betas)                        # (N, 25)
-            fake = D(rotmats.detach(), betas.detach())                # (N, 25) nothing reaches E
+            real = judge(real_rotmats, real_betas)                    # (N, 25)
+            fake = judge(rotmats.detach(), betas.detach())            # (N, 25) nothing reaches E
             loss_D = discriminator_loss(real, fake)
             opt_D.zero_grad()
             loss_D.backward()
@@ -265,17 +272,57 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
 
             log.add(step, [loss_E, L_kp, L_joints, L_smpl, L_adv, loss_D, real.mean(),
                            fake.mean(), betas.abs().mean()])
-            if (step + 1) % config.picture_every == 0:
+            stop = on_any_rank(stopping)
+            if (step + 1) % config.picture_every == 0 and rank == 0:
                 save_png(out / "pictures" / f"step_{step + 1:06d}.png", overlays(model, shown))
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop:
                 save_state(log, state, step + 1, loss_E.item())
-            if stopping:
+            if stop:
                 raise KeyboardInterrupt(out)
-    return finish(model, shown, log)
+    return finish(model, shown, log) if rank == 0 else {}
 
 
 # ============================================================================================
 # Not needed to understand HMR: building, files, the log, the command line.
+
+# Several processes: `torchrun --nproc_per_node=N train.py ...` starts N copies of this program, the
+# "ranks", one a GPU (or all on the CPU).  Each draws, encodes and judges batch / N pictures, and
+# DistributedDataParallel averages the gradients in `backward`, so all take the same step.  The
+# losses' denominators count over all ranks (hmr.masked_mean): N ranks learn what one process would
+# from the joined batch, but for batch norm, which sees its own rank's pictures.  Rank 0 alone
+# prints, saves and evaluates.
+
+def join_the_ranks(device: str) -> None:
+    """Meet the processes that torchrun started; without torchrun, nothing."""
+    if not dist.is_torchelastic_launched():
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: expected at most one process a GPU, found "
+                             f"{torch.cuda.device_count()} GPUs; start fewer or use --device cpu")
+        torch.cuda.set_device(local)                      # "cuda" now means this one
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_gradients(module: torch.nn.Module) -> torch.nn.Module:
+    return DistributedDataParallel(module) if dist.is_initialized() else module
+
+
+def on_any_rank(condition) -> bool:
+    """All ranks must ask together: one that stops alone would leave the others waiting for ever."""
+    if not dist.is_initialized():
+        return bool(condition)
+    found = torch.tensor(float(bool(condition)))          # () on the CPU, through gloo
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
 
 @contextlib.contextmanager
 def finish_the_step_first():
@@ -388,9 +435,11 @@ def load_checkpoint(path: Path, option: str) -> dict:
 
 def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
     """checkpoint.pt: what a continuation needs, bit-identical on a CPU (on a GPU, atomic sums
-    differ from run to run).  The body is kept only as its name and hash.  A good checkpoint is
-    never replaced by one of NaNs."""
+    differ from run to run; of several processes, only rank 0's dropout goes on where it was).  The
+    body is kept only as its name and hash.  A good checkpoint is never replaced by one of NaNs."""
     log.require_finite(loss, step - 1)
+    if rank_and_ranks()[0] > 0:
+        return
     smpl, rng = state["model"].smpl, {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
@@ -407,6 +456,8 @@ def load_state(checkpoint: dict, state: dict) -> tuple[int, float]:
     check_body(checkpoint, state["model"].smpl)
     for name, part in state.items():
         part.load_state_dict(checkpoint[name])
+    if rank_and_ranks()[0] > 0:             # these are rank 0's random numbers; others begin anew
+        return checkpoint["step"], checkpoint["seconds"]
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
@@ -443,7 +494,7 @@ class Log:
         return self.before + time.perf_counter() - self.begun
 
     def require_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
+        if on_any_rank(not math.isfinite(loss)):
             raise ValueError(f"the losses are no longer finite at step {step + 1}: lower --lr (or "
                              f"--lr-scratch); {self.path} shows which term grew first")
 
@@ -451,7 +502,11 @@ class Log:
         self.values.append(torch.stack([v.detach() for v in values]))    # stays on the device
         if (step + 1) % self.config.log_every and step + 1 < self.config.steps:
             return
-        means = torch.stack(self.values).mean(0).tolist()
+        means = torch.stack(self.values).mean(0)                      # (9,)
+        rank, ranks = rank_and_ranks()
+        if ranks > 1:                           # the joined batch's losses: see hmr.masked_mean
+            dist.all_reduce(means)
+        means = (means / ranks).tolist()
         now = time.perf_counter()
         rate = len(self.values) * self.config.batch / (now - self.line_begun)
         left = (self.config.steps - step - 1) * (now - self.begun) / (step + 1 - self.start)
@@ -459,11 +514,12 @@ class Log:
         line = f"{step + 1:10d}" + "".join(f"{m:10.4g}" for m in means)
         print(line + f"{rate:10.0f}{clock:>10s}", flush=True)
         row = ",".join([str(step + 1), *(f"{m:.6g}" for m in means), f"{rate:.1f}", f"{left:.0f}"])
-        if self.rows is not None:
-            write_atomically(self.path, self.rows.encode())
-            self.rows = None
-        with open(self.path, "a") as file:
-            file.write(row + "\n")
+        if rank == 0:
+            if self.rows is not None:
+                write_atomically(self.path, self.rows.encode())
+                self.rows = None
+            with open(self.path, "a") as file:
+                file.write(row + "\n")
         self.require_finite(sum(means), step)
         self.values, self.line_begun = [], now
 
@@ -549,6 +605,10 @@ def make_config(given: dict, preset: dict) -> Config:
         value = getattr(config, name)
         if not least <= value < 2 ** 63:                              # False for NaN too
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    _, ranks = rank_and_ranks()
+    if config.batch % ranks or config.batch < 2 * ranks:
+        raise ValueError(f"--batch {config.batch}: expected a multiple of the {ranks} processes, "
+                         f"at least two pictures each; change it or --nproc_per_node")
     if config.dropout >= 1:
         raise ValueError(f"--dropout: expected a probability below 1, got {config.dropout}")
     return config
@@ -582,6 +642,7 @@ def config_of(checkpoint: dict, given: dict, allowed: set[str], option: str) -> 
 def run(argv: list[str] | None) -> None:
     given, args = parse(argv)
     given["device"] = pick_device(given.get("device", "auto"))
+    join_the_ranks(given["device"])
     if args.eval:
         checkpoint = load_checkpoint(args.eval, "--eval")
         config = config_of(checkpoint, given, {"smpl", "eval_pictures"}, "--eval")
@@ -604,11 +665,15 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return exit_status("train.py", lambda: run(argv))
+        status = exit_status("train.py", lambda: run(argv))
+        if status == 0 and dist.is_initialized():
+            dist.destroy_process_group()
+        return status
     except KeyboardInterrupt as stop:
-        print(f"\nstopped; saved: go on with  python train.py --resume --out {stop}" if stop.args
-              else "\nstopped outside the training loop; a checkpoint, if there was one, is kept",
-              file=sys.stderr)
+        if rank_and_ranks()[0] == 0:
+            print(f"\nstopped; saved: go on with  python train.py --resume --out {stop}"
+                  if stop.args else "\nstopped outside the training loop; a checkpoint, if there "
+                  "was one, is kept", file=sys.stderr)
         return 130
 
 
