@@ -1327,6 +1327,38 @@ def test_several_processes_share_the_batch_evenly(monkeypatch):
             train.make_config({"batch": batch}, {})
 
 
+def test_the_bench_times_the_loop_that_trains(tmp_path, body, capsys, monkeypatch):
+    """The bench builds train()'s step up from its parts; its last stage must leave its weights."""
+    config = tiny(tmp_path / "run", steps=2, dropout=0.5, weight_kp=3.0, weight_smpl=7.0, seed=3)
+    kept, build = [], train.build
+    monkeypatch.setattr(train, "build", lambda *args: kept.append(build(*args)) or kept[-1])
+    monkeypatch.setattr(train, "finish", lambda *args: {})
+    train.train(config)
+    steps = train.bench_steps(config, body, torch.device("cpu"))
+    for _ in range(config.steps):
+        steps[train.STAGES[-1]]()
+    (trained, trained_D, _), (timed, timed_D, _) = kept
+    assert same(dict(trained.state_dict()), dict(timed.state_dict())), "bench and train() differ"
+    assert same(dict(trained_D.state_dict()), dict(timed_D.state_dict())), "D: the same"
+    monkeypatch.setattr(train, "build", build)
+    capsys.readouterr()
+    flags = ["--device", "cpu", "--depth", "18", "--width", "8", "--size", "33", "--batch", "4",
+             "--steps", "1", "--out", str(tmp_path / "unused"), "--stem", "light"]
+    assert train.main(["--bench", *flags]) == 0
+    table = capsys.readouterr().out
+    assert all(stage in table for stage in train.STAGES) and table.count("1.00") >= 3
+    assert not (tmp_path / "unused").exists(), "a bench leaves no run behind"
+
+
+def test_the_benchs_large_body_is_the_body(body):
+    large = train.with_vertices(SMPL(), 6890)
+    betas, pose = torch.randn(2, 10), 0.3 * torch.randn(2, 72)
+    a, b = body(betas, pose), large(betas, pose)
+    assert b.vertices.shape == (2, 6890, 3) and large.faces.shape == (5 * 2454, 3)
+    close(b.keypoints, a.keypoints, 1e-5, "keypoints come from the first layer of skin")
+    close(b.vertices[:, 1229:2458], a.vertices, 1e-5, "the second layer lies on the first")
+
+
 def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys):
     out = tmp_path / "run"
     (out).mkdir()

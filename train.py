@@ -8,6 +8,7 @@ Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
     python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
     python train.py --resume --out runs/small       # go on after Ctrl-C
     torchrun --nproc_per_node=2 train.py --small    # two processes share each batch
+    python train.py --small --bench                 # what each part of a step costs
 
 Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14 = LSP)   V vertices
 """
@@ -15,7 +16,9 @@ Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -568,6 +571,164 @@ def device_name(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads, " + torch.backends.cpu.get_cpu_capability()
 
 
+# --bench: what each part of a step costs, on top of the encoder that any such network pays for.
+
+STAGES = ("encoder: forward, backward, Adam", "+ regressor", "+ SMPL and losses",
+          "+ discriminators, L_adv", "+ pictures and motion", "+ rates and log: the whole loop")
+
+
+def bench_steps(config: Config, smpl: SMPL, device) -> dict:
+    """train()'s step, built up part by part: each of STAGES -> a function that does one step.
+
+    A test holds the weights that the last one leaves against train()'s.
+    """
+    torch.manual_seed(config.seed + rank_and_ranks()[0])
+    model, D, lr = build(config, smpl)
+    world = training_world(config, smpl, device)
+    opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
+    with contextlib.redirect_stdout(None):                            # without its header
+        log = Log(Path(), dataclasses.replace(config, steps=2 ** 62, log_every=2 ** 62), lr, 0, 0.0)
+    model.train(), D.train()
+    E, judge = share_gradients(model), share_gradients(D)
+    n, numbers = config.iterations * world.batch_size, itertools.count()
+    fixed = world.batch(0), world.motion(n, 0)
+
+    def descend(optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def step(stage: int) -> None:
+        number = next(numbers) if stage >= 4 else 0
+        if stage >= 5:
+            for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
+                optimizer.param_groups[0]["lr"] = rate * lr_factor(number, config)
+        batch, real = (world.batch(number), world.motion(n, number)) if stage >= 4 else fixed
+        image = batch.image.contiguous(memory_format=torch.channels_last)
+        if stage < 2:
+            feature = model.encode(image)                             # (B, C)
+            out = feature if stage == 0 else torch.cat(model.regressor(feature))
+            return descend(opt_E, out.square().mean())
+        thetas, pred = E(image)
+        loss = (config.weight_kp * keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
+                + config.weight_joints * joints3d_loss(pred.keypoints3d, batch.keypoints3d,
+                                                       batch.has_3d)
+                + config.weight_smpl * smpl_loss(pred.rotmats, pred.betas, batch.rotmats,
+                                                 batch.betas, batch.has_smpl))
+        if stage >= 3:
+            _, pose, betas = split_theta(torch.cat(thetas))
+            rotmats = pose_to_rotmats(pose)[:, 1:]                    # (N, 23, 3, 3)
+            scores = judge(*real), judge(rotmats.detach(), betas.detach())        # (N, 25) each
+            loss_D = discriminator_loss(*scores)
+            descend(opt_D, loss_D)
+            D.requires_grad_(False)
+            loss = loss + config.weight_adv * encoder_adversarial_loss(D(rotmats, betas))
+            D.requires_grad_(True)
+        descend(opt_E, loss)
+        if stage >= 5:
+            log.add(number, [loss, loss_D, *(s.mean() for s in scores), betas.abs().mean()])
+    return {name: functools.partial(step, stage) for stage, name in enumerate(STAGES)}
+
+
+def bench_inference(config: Config, smpl: SMPL, device, B: int) -> dict:
+    """The same for inference: name -> a function that does one forward pass of B pictures."""
+    model = build(config, smpl)[0].eval()
+    image = torch.rand(B, 3, config.size, config.size, device=device)
+    image = image.contiguous(memory_format=torch.channels_last)
+    return {"encoder": lambda: model.encode(image),
+            "+ regressor, SMPL's keypoints": lambda: model(image),
+            "  the same with all vertices": lambda: model.decode(
+                model.regressor(model.encode(image))[-1], vertices=True)}
+
+
+def in_turn(variants: dict, rounds: int, device) -> dict[str, Tensor]:
+    """Seconds (rounds,) of each variant, all in turn so that drift hits them alike."""
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds + 2):                                       # two rounds to warm up
+        for name, run_once in variants.items():
+            begun = clock()
+            run_once()
+            seconds[name].append(clock() - begun)
+    return {name: torch.tensor(s[2:], dtype=torch.float64) for name, s in seconds.items()}
+
+
+def print_costs(seconds: dict[str, Tensor], pictures: int) -> None:
+    (first, *_), (*_, last) = seconds.values(), seconds.values()
+    before = 0.0
+    for name, s in seconds.items():
+        low, median, high = s.quantile(s.new_tensor([0.25, 0.5, 0.75])).tolist()
+        share, before = 100 * (median - before) / last.median().item(), median
+        print(f"{name:34s}{1000 * median:10.1f}  {f'[{1000 * low:.1f}, {1000 * high:.1f}]':20s}"
+              f"{(s / first).median():9.2f}{share:9.1f} %{pictures / median:10.1f}", flush=True)
+
+
+def bench(config: Config, rounds: int) -> None:
+    """Print what the parts of a training step, and of inference, cost."""
+    device, smpl = torch.device(config.device), SMPL(config.smpl or None).to(config.device)
+    print(f"ResNet-{config.depth} of width {config.width}, {config.size} px, batch {config.batch}, "
+          f"V = {len(smpl.v_template)}; {device_name(config.device)}; medians of {rounds} rounds")
+    titles = f"{'ms':>10s}  {'[quartiles]':20s}{'x encoder':>9s}{'share':>11s}{'img/s':>10s}"
+    print(f"{'a training step':34s}" + titles)
+    print_costs(in_turn(bench_steps(config, smpl, device), rounds, device), config.batch)
+    print(f"peak memory of training: {peak_memory(device) / 2 ** 30:.2f} GiB")
+    with torch.inference_mode():
+        for B in (1, 64):
+            print(f"{f'inference, {B} at a time':34s}" + titles)
+            print_costs(in_turn(bench_inference(config, smpl, device, B), rounds, device), B)
+
+
+def bench_growth(config: Config, rounds: int) -> None:
+    """Print how a whole training step's cost grows, one setting at a time."""
+    if rank_and_ranks()[1] > 1:
+        raise ValueError("--bench grow: expected one process; leave torchrun out")
+    device = torch.device(config.device)
+    print(f"{'':16s}{'img/s':>10s}{'ms':>10s}{'x encoder':>11s}   {device_name(config.device)}, "
+          f"medians of {rounds} rounds, the rest as depth {config.depth}, {config.size} px, "
+          f"batch {config.batch}")
+    for name, values in (("batch", (1, 4, 16, 64, 256)), ("size", (64, 96, 128, 224)),
+                         ("depth", (18, 34, 50, 101, 152)), ("vertices", (1229, 6890))):
+        for value in values:
+            smpl = SMPL(config.smpl or None)
+            if name == "vertices":
+                smpl, changed = with_vertices(smpl, value), config
+            else:
+                changed = dataclasses.replace(config, **{name: value})
+            steps = bench_steps(changed, smpl.to(device), device)
+            seconds = in_turn({s: steps[s] for s in (STAGES[0], STAGES[-1])}, rounds, device)
+            encoder, whole = (s.median().item() for s in seconds.values())
+            print(f"{f'{name} {value}':16s}{changed.batch / whole:10.1f}{1000 * whole:10.1f}"
+                  f"{whole / encoder:11.2f}", flush=True)
+
+
+def with_vertices(smpl: SMPL, V: int) -> SMPL:
+    """A body of V vertices for timing: the skin laid over itself, keypoints from its first layer.
+    (Its triangles do not shrink, so drawing it costs more than drawing a body as fine.)"""
+    n = len(smpl.v_template)
+    for name in ("v_template", "shapedirs", "posedirs", "weights"):
+        setattr(smpl, name, getattr(smpl, name)[torch.arange(V) % n])
+    for name in ("J_regressor", "cocoplus_regressor"):
+        setattr(smpl, name, torch.nn.functional.pad(getattr(smpl, name), (0, V - n)))
+    smpl.faces = torch.cat([smpl.faces + layer * n for layer in range(V // n)])
+    return smpl
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU's tensors, or of this process; NaN where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource                                               # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
     """Flags -> (the Config fields that were given, the rest).  Every field is a flag; an unknown
     or misspelt one ends the program with status 2."""
@@ -580,6 +741,9 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
                       help="go on with the run in --out, with its own settings")
     mode.add_argument("--eval", metavar="CHECKPOINT", type=Path,
                       help="only measure this checkpoint on the held-out clips")
+    mode.add_argument("--bench", nargs="?", const="step", choices=("step", "grow"),
+                      help="only measure what the parts of a step cost, --steps rounds [20]; grow: "
+                           "how a step's cost grows with batch, size, depth and body [5]")
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
             {"type": type(f.default), "choices": f.metadata["choices"]}
@@ -651,6 +815,11 @@ def run(argv: list[str] | None) -> None:
         model, _, _ = build(config, smpl, checkpoint)
         model.load_state_dict(checkpoint["model"])
         print_table(evaluate(model, config, torch.device(config.device)))
+    elif args.bench:
+        rounds = given.pop("steps", 20 if args.bench == "step" else 5)
+        given = {"pretrained": "none"} | given                        # as dear, and no download
+        config = make_config(given, small_preset(given) if args.small else {})
+        (bench if args.bench == "step" else bench_growth)(config, rounds)
     elif args.resume:
         checkpoint = load_checkpoint(Path(given["out"]) / "checkpoint.pt", "--resume")
         config = config_of(checkpoint, given, {"smpl", "steps", "log_every", "picture_every",
