@@ -686,12 +686,13 @@ def bench_growth(config: Config, rounds: int) -> None:
     """Print how a whole training step's cost grows, one setting at a time."""
     if rank_and_ranks()[1] > 1:
         raise ValueError("--bench grow: expected one process; leave torchrun out")
-    device = torch.device(config.device)
+    device, V = torch.device(config.device), len(SMPL(config.smpl or None).v_template)
     print(f"{'':16s}{'img/s':>10s}{'ms':>10s}{'x encoder':>11s}   {device_name(config.device)}, "
           f"medians of {rounds} rounds, the rest as depth {config.depth}, {config.size} px, "
           f"batch {config.batch}")
     for name, values in (("batch", (1, 4, 16, 64, 256)), ("size", (64, 96, 128, 224)),
-                         ("depth", (18, 34, 50, 101, 152)), ("vertices", (1229, 6890))):
+                         ("depth", (18, 34, 50, 101, 152)),
+                         ("vertices", sorted({V, max(V, 6890)}))):
         for value in values:
             smpl = SMPL(config.smpl or None)
             if name == "vertices":
