@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -282,11 +283,14 @@ class HMR(nn.Module):
     def forward(self, images: Tensor) -> tuple[list[Tensor], HMROutput]:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        thetas = self.regressor(self.encode(images))                  # T x (B, 85)
+        return thetas, self.decode(thetas[-1])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> feature (B, C)."""
         images = (images - self.mean) / self.std                      # (B, 3, H, W)
         with torch.autocast(images.device.type, self.amp) if self.amp else nullcontext():
-            feature = self.encoder(images)                            # (B, C)
-        thetas = self.regressor(feature)                              # T x (B, 85)
-        return thetas, self.decode(thetas[-1])
+            return self.encoder(images)                               # (B, C)
 
     def decode(self, theta: Tensor, vertices: bool = False) -> HMROutput:
         """Theta (B, 85) -> HMROutput: rotation matrices, the body, its projection."""
@@ -312,6 +316,9 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     """
     mask = mask.to(error.dtype).expand_as(error)
     count = mask.sum()
+    if dist.is_initialized():     # several processes (torchrun): DDP averages their gradients, so
+        dist.all_reduce(count)    # over their MEAN count each loss gives the joined batch's mean
+        count /= dist.get_world_size()
     return (error * mask).sum() / torch.where(count > 0, count, torch.ones_like(count))
 
 
@@ -326,7 +333,8 @@ def keypoint_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
 
 def center_hips(keypoints3d: Tensor) -> Tensor:
     """Put the midpoint of the two hips at the origin: (B, 14+, 3) -> same.  Not SMPL's pelvis."""
-    return keypoints3d - keypoints3d[:, [RIGHT_HIP, LEFT_HIP]].mean(1, keepdim=True)
+    # neighbours, so a slice: a list would be copied to a GPU, which waits for it
+    return keypoints3d - keypoints3d[:, RIGHT_HIP:LEFT_HIP + 1].mean(1, keepdim=True)
 
 
 def joints3d_loss(pred: Tensor, target: Tensor, has_3d: Tensor) -> Tensor:

@@ -171,13 +171,13 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
 # --------------------------------------------------------------------------------------------
 # The same function, fast (skip this at a first reading; a test holds it equal to `lbs`).
 #
-# Every training step pays for SMPL, and most of the textbook's time goes into writing (B, V, 4, 4)
-# numbers to memory and reading them back.  Four changes:
-#   - D = [shapedirs | posedirs | template]: steps 1 and 3 are ONE product with [betas, R - I, 1];
-#   - step 2 is linear, so J_regressor is applied once, to the directions, not to every body;
-#   - step 4 composes rotations in 4 rounds instead of 23 products one after the other;
-#   - the batch is the innermost axis, so steps 3 and 5 are two tall matrix products, taken slab by
-#     slab of vertices that stay in the cache; the backward pass is written out to do the same.
+# Every training step pays for SMPL, and the textbook's price is memory, not arithmetic: it writes
+# (B, V, 4, 4) numbers and reads them back.  Four changes:
+#   - steps 1 and 3 are ONE product, [shapedirs | posedirs | v_template] times [betas, R - I, 1];
+#   - step 2 is linear in betas: J_regressor is applied once, on loading, to those directions;
+#   - step 4 doubles the length of every chain in each round: 4 rounds, not 23 joints in turn;
+#   - step 5 is one product, weights times A, for all bodies (the batch is the innermost axis), slab
+#     by slab of vertices, so that T never leaves the cache; the backward pass does the same.
 
 SLAB = 2 ** 19              # numbers of T in a slab, 2 MiB in float32; a GPU takes all at once
 
@@ -188,22 +188,23 @@ class _Skin(torch.autograd.Function):
     v = D f,  T = W A,  v'_i = sum_k T_ik v_k + T_i3  (i, k = x, y, z), and backwards, from dv'_i:
     dv_k = sum_i T_ik dv'_i,  dT_ik = dv'_i v_k,  dT_i3 = dv'_i,  df = D^T dv,  dA = W^T dT.
     T is not kept for the backward pass: computing it again is cheaper than reading it back.
+    D and weights are constants: no gradient reaches them (`lbs` gives one).
     """
 
     @staticmethod
     def slabs(weights: Tensor, B: int) -> list[tuple[slice, slice, int]]:
         V = len(weights)                            # rows of W, rows of D, how many vertices
-        n = V if weights.is_cuda else max(64, SLAB // (12 * B))
+        n = V if weights.is_cuda else max(64, SLAB // (12 * max(B, 1)))
         return [(slice(i, i + n), slice(3 * i, 3 * (i + n)), min(n, V - i)) for i in range(0, V, n)]
 
     @staticmethod
     def forward(ctx, features, A, D, weights):
         V, B = len(weights), features.shape[1]
-        posed, out = features.new_empty(V, 3, B), features.new_empty(V, 3, B)
+        posed, out = features.new_empty(V, 3, B), features.new_empty(V, 3, B)     # (V, 3, B) each
         for rows, rows3, n in _Skin.slabs(weights, B):
             v = posed[rows]                                           # (n, 3, B)
             torch.mm(D[rows3], features, out=v.view(3 * n, B))
-            T = (weights[rows] @ A.flatten(1)).view(n, 3, 4, B)
+            T = (weights[rows] @ A.flatten(1)).view(n, 3, 4, B)           # (n, 3, 4, B)
             torch.addcmul(T[:, :, 3], T[:, :, 0], v[:, None, 0], out=out[rows])   # T_i3 + T_i0 v_0
             out[rows].addcmul_(T[:, :, 1], v[:, None, 1]).addcmul_(T[:, :, 2], v[:, None, 2])
         ctx.save_for_backward(posed, A, D, weights)
@@ -217,7 +218,7 @@ class _Skin(torch.autograd.Function):
         d_features, dA = A.new_zeros(D.shape[1], B), torch.zeros_like(A)
         for rows, rows3, n in _Skin.slabs(weights, B):
             g, v = grad[rows].contiguous(), posed[rows]               # (n, 3, B) each
-            T = (weights[rows] @ A.flatten(1)).view(n, 3, 4, B)
+            T = (weights[rows] @ A.flatten(1)).view(n, 3, 4, B)           # (n, 3, 4, B)
             dv = T[:, 0, :3] * g[:, :1]                               # (n, 3, B)
             dv.addcmul_(T[:, 1, :3], g[:, 1:2]).addcmul_(T[:, 2, :3], g[:, 2:])
             d_features.addmm_(D[rows3].T, dv.view(3 * n, B))
@@ -230,7 +231,7 @@ class _Skin(torch.autograd.Function):
 
 def fast_lbs(betas: Tensor, rotmats: Tensor, directions: Tensor, joint_directions: Tensor,
              ancestors: Tensor, chains: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`lbs` from prepared constants, at half its price or less; not twice differentiable.
+    """`lbs` from prepared constants (`--bench`).  Differentiable once, in betas and rotmats.
 
     betas (B, 10), rotmats (B, 24, 3, 3), directions (3V, 218), joint_directions (72, 11),
     weights (V, 24), and from `kinematic_tables`: ancestors (rounds, 25), chains (24, 24)
@@ -238,10 +239,10 @@ def fast_lbs(betas: Tensor, rotmats: Tensor, directions: Tensor, joint_direction
     """
     B = len(betas)
     one, eye = torch.ones_like(betas[:, :1]), torch.eye(3, dtype=betas.dtype, device=betas.device)
-    J = (torch.cat([betas, one], 1) @ joint_directions.T).view(B, 24, 3)
+    J = (torch.cat([betas, one], 1) @ joint_directions.T).view(B, 24, 3)          # (B, 24, 3)
     features = torch.cat([betas, (rotmats[:, 1:] - eye).flatten(1), one], 1)      # (B, 218)
-    # Rotations to the world, by pointer jumping: G_i spans joint i alone; after a round it spans 2
-    # joints of the chain above i, then 4, 8, 16.  Slot 24 is what lies above the root: identity.
+    # G_i starts as joint i's own rotation.  Multiplying by its ancestor's G doubles its span: 2, 4,
+    # 8, 16 joints up the chain.  Slot 24 stands above the root: the identity.
     G = torch.cat([rotmats, eye.expand(B, 1, 3, 3)], 1)               # (B, 25, 3, 3)
     for above in ancestors:
         G = G.index_select(1, above) @ G                              # (B, 25, 3, 3)
@@ -250,15 +251,18 @@ def fast_lbs(betas: Tensor, rotmats: Tensor, directions: Tensor, joint_direction
     bones = G.index_select(1, parents) @ (J[:, 1:] - J.index_select(1, parents))[..., None]
     bones = torch.cat([J[:, :1], bones[..., 0]], 1)                   # (B, 24, 3)
     joints, G = chains @ bones, G[:, :24]                             # (B, 24, 3), (B, 24, 3, 3)
-    t = joints[..., None] - G @ J[..., None]                          # (B, 24, 3, 1) as in `lbs`
+    t = joints[..., None] - G @ J[..., None]                          # (B, 24, 3, 1) as step 4's
     A = torch.cat([G, t], 3).flatten(2).permute(1, 2, 0).contiguous()             # (24, 12, B)
     vertices = _Skin.apply(features.T.contiguous(), A, directions, weights)       # (V, 3, B)
     return vertices.permute(2, 0, 1), joints
 
 
 def kinematic_tables(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """-> ancestors (rounds, 25): round r holds each joint's 2^r-th ancestor (24: none);
-    chains (24, 24): chains[i, j] = 1 where joint j lies on the way from the root to joint i."""
+    """The tree as `fast_lbs` indexes it.
+
+    ancestors (rounds, 25): row r is each joint's 2^r-th ancestor, 24 where there is none (24 is the
+    identity above the root); chains (24, 24): 1 where joint j is i or lies above it.
+    """
     above = torch.tensor([24, *parents[1:], 24])                      # (25,)
     ancestors, chains = [], torch.eye(24)
     while (above < 24).any():
@@ -280,6 +284,7 @@ class SMPL(nn.Module):
 
     All tensors are buffers, so `.double()` and `.to(device)` work, and none is persistent, so that
     no checkpoint ever carries a licensed body; checkpoints store `name` and `sha256` instead.
+    Constants are rounded to float32 on loading; `.double()` does not bring the digits back.
     """
 
     def __init__(self, path: str | os.PathLike | None = None):
@@ -292,15 +297,18 @@ class SMPL(nn.Module):
                     "cocoplus_regressor", "mean_pose"):
             self._constant(key, torch.tensor(data[key], dtype=torch.float32))
         self._constant("faces", torch.tensor(data["f"].astype(np.int64)))
-        # What `fast_lbs` wants.
+        self.prepare()
+
+    def prepare(self) -> None:
+        """From the arrays above, what `fast_lbs` wants."""
         ancestors, chains = kinematic_tables(self.parents)
         self._constant("ancestors", ancestors)                        # (4, 25)
         self._constant("chains", chains)                              # (24, 24)
         directions = torch.cat([self.shapedirs, self.posedirs, self.v_template[..., None]], 2)
-        joint_directions = directions[..., [*range(10), -1]]          # (V, 3, 11) of the rest pose
-        joint_directions = torch.einsum("jv,vcn->jcn", self.J_regressor, joint_directions)
-        self._constant("joint_directions", joint_directions.flatten(0, 1))        # (72, 11)
         self._constant("directions", directions.flatten(0, 1))        # (3V, 218)
+        at_rest = directions[..., [*range(10), -1]].double()          # (V, 3, 11) R - I is 0 there
+        joint_directions = torch.einsum("jv,vcn->jcn", self.J_regressor.double(), at_rest)
+        self._constant("joint_directions", joint_directions.flatten(0, 1).float())    # (72, 11)
         # The losses need joints and keypoints, not the whole skin: these few vertices are enough.
         used = (self.cocoplus_regressor != 0).any(0).nonzero()[:, 0]  # (U,)
         self._constant("kp_vertices", used)
@@ -373,73 +381,38 @@ def exit_status(program: str, run: Callable[[], None]) -> int:
 
 # SMPL's official files are Python-2 pickles of chumpy and scipy objects.  A plain `pickle.load`
 # runs whatever the file says and needs chumpy, which no longer imports.  This unpickler knows the
-# few names such files contain, replaces each by an inert stand-in, and refuses any other.
+# few names such files contain, makes an inert stand-in of each, and refuses any other.  numpy's
+# and scipy's own classes are stand-ins too: their C code trusts a pickled state, and a forged dtype
+# or column index is a pointer to anywhere.  `_plain` then builds the arrays from checked parts.
 
 class _StandIn:
-    """Whatever state the pickled object had, kept as plain attributes."""
+    """A pickled object's arguments and state, kept and never acted on."""
 
-    def __init__(self, *args):
-        self.args = args
+    def __new__(cls, *args):                    # not __init__, which protocol 2 does not call
+        self = object.__new__(cls)
+        self.args, self.state = args, {}
+        return self
 
     def __setstate__(self, state):
-        if isinstance(state, tuple) and len(state) == 2:             # (dict, slots) of protocol 2
+        if isinstance(state, tuple) and len(state) == 2:              # (dict, slots) of protocol 2
             state = {**(state[0] or {}), **(state[1] or {})}
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError("unexpected object state")
-        self.__dict__.update(state)
+        self.state = state
 
 
-class _Ch(_StandIn):            # chumpy.ch.Ch: `x` is the array
-    pass
-
-
-class _Select(_StandIn):        # chumpy.reordering.Select: a.ravel()[idxs] in preferred_shape
-    pass
-
-
-class _Reshape(_StandIn):       # chumpy.reordering.Reshape: a.reshape(newshape)
-    pass
-
-
-class _Transpose(_StandIn):     # chumpy.reordering.transpose: a.T
-    pass
-
-
-class _Sparse(_StandIn):        # scipy.sparse: data, indices, indptr (or row, col), _shape
-    kind = "csc"
-
-
-class _Csr(_Sparse):
-    kind = "csr"
-
-
-class _Coo(_Sparse):
-    kind = "coo"
-
-
-_NDARRAY = object()             # numpy.ndarray's name, nothing to call: no array of 10^12 zeros
-
-
-def _empty_array(subtype, shape, dtype):
-    # numpy pickles an array as "an empty one" and then sets its state, whose bytes must be there;
-    # the shape asked for here is never used, so ignore it.
-    return np.ndarray.__new__(np.ndarray, (0,), "b")
+_Dtype, _Array, _Buffer, _Scalar, _Ch, _Select, _Reshape, _Transpose, _Csc, _Csr, _Coo = (
+    type(name, (_StandIn,), {}) for name in (
+        "dtype", "ndarray", "buffer", "scalar",                       # numpy
+        "Ch", "Select", "Reshape", "transpose",                       # chumpy
+        "csc", "csr", "coo"))                                         # scipy.sparse
 
 
 def _reconstructor(cls, base, state):
-    if not (isinstance(cls, type) and issubclass(cls, _StandIn)):
-        raise pickle.UnpicklingError("refused to rebuild an unknown class")
     return cls()
-
-
-def _scalar(dtype, data):
-    data = data.encode("latin1") if isinstance(data, str) else data
-    return np.frombuffer(data, dtype)[0]
 
 
 def _latin1(text, encoding="latin1"):
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"refused the codec {encoding!r}")
+        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
     return text.encode("latin1")
 
 
@@ -447,52 +420,89 @@ class _BodyUnpickler(pickle._Unpickler):
     # The pure-Python unpickler: its memo is a dict, where the one in C allocates as many slots as a
     # file of ten bytes may ask for.
     KNOWN = {
-        ("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): np.dtype,
-        ("copy_reg", "_reconstructor"): _reconstructor,
-        ("copyreg", "_reconstructor"): _reconstructor,
-        ("__builtin__", "object"): object, ("builtins", "object"): object,
-        ("__builtin__", "set"): set, ("builtins", "set"): set,        # chumpy: names of its fields
-        ("_codecs", "encode"): _latin1,
+        ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1,
         ("chumpy.ch", "Ch"): _Ch, ("chumpy", "Ch"): _Ch,
         ("chumpy.reordering", "Select"): _Select, ("chumpy.reordering", "Reshape"): _Reshape,
         ("chumpy.reordering", "transpose"): _Transpose,
     }
-    for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        KNOWN[_core, "_reconstruct"] = _empty_array
-        KNOWN[_core, "scalar"] = _scalar
-    for _kind, _cls in (("csc", _Sparse), ("csr", _Csr), ("coo", _Coo)):
+    for _core in ("numpy.core", "numpy._core"):
+        KNOWN[f"{_core}.multiarray", "_reconstruct"] = _Array
+        KNOWN[f"{_core}.multiarray", "scalar"] = _Scalar
+        KNOWN[f"{_core}.numeric", "_frombuffer"] = _Buffer            # protocol 5
+    for _py in ("2", "3"):                      # set: chumpy's names of its fields
+        _copyreg, _builtins = {"2": ("copy_reg", "__builtin__"), "3": ("copyreg", "builtins")}[_py]
+        KNOWN[_copyreg, "_reconstructor"] = _reconstructor
+        KNOWN[_builtins, "object"] = KNOWN[_builtins, "set"] = _StandIn
+    for _kind, _cls in (("csc", _Csc), ("csr", _Csr), ("coo", _Coo)):
         for _module in (f"scipy.sparse.{_kind}", f"scipy.sparse._{_kind}", "scipy.sparse"):
-            KNOWN[_module, f"{_kind}_matrix"] = _cls
-            KNOWN[_module, f"{_kind}_array"] = _cls
+            KNOWN[_module, f"{_kind}_matrix"] = KNOWN[_module, f"{_kind}_array"] = _cls
 
     def find_class(self, module, name):
-        known = self.KNOWN.get((module, name))
-        if known is None:
+        if (module, name) not in self.KNOWN:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return known
+        return self.KNOWN[module, name]
+
+    def load_build(self):           # else a file could set attributes of the functions above
+        if not isinstance(self.stack[-2], _StandIn):
+            raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    # A bytearray is allocated before it is read, bytes are not.
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build,
+                pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
+
+
+def _numbers(data, dtype: _Dtype, shape, order: str) -> np.ndarray:
+    code = dtype.args[0]
+    if code not in ("b1", "f2", "f4", "f8", *(f"{k}{n}" for k in "iu" for n in (1, 2, 4, 8))):
+        raise ValueError(f"an array of {code!r}, not of numbers")
+    byte_order = dtype.state[1] if dtype.state else "="               # "<", ">" or "|"
+    data = data.encode("latin1") if isinstance(data, str) else data   # a Python-2 string
+    return np.frombuffer(data, np.dtype(code).newbyteorder(byte_order)).reshape(shape, order=order)
 
 
 def _plain(value):
     """Stand-ins (nested as chumpy nests them) -> numpy arrays; anything else unchanged."""
+    if not isinstance(value, _StandIn):
+        return value
+    state, args = value.state, value.args
+    if isinstance(value, _Array):
+        _, shape, dtype, fortran, data = state
+        return _numbers(data, dtype, shape, "F" if fortran else "C")
+    if isinstance(value, _Buffer):
+        return _numbers(*args[:4])
+    if isinstance(value, _Scalar):
+        return _numbers(args[1], args[0], (), "C")
     if isinstance(value, _Ch):
-        return np.asarray(_plain(value.x))
-    if isinstance(value, _Select):
-        picked = np.asarray(_plain(value.a)).ravel()[np.asarray(_plain(value.idxs))]
-        return picked.reshape(getattr(value, "preferred_shape", picked.shape))
+        return np.asarray(_plain(state["x"]))
+    if isinstance(value, _Select):              # a.ravel()[idxs] in preferred_shape
+        picked = np.asarray(_plain(state["a"])).ravel()[np.asarray(_plain(state["idxs"]))]
+        return picked.reshape(state.get("preferred_shape", picked.shape))
     if isinstance(value, _Reshape):
-        return np.asarray(_plain(value.a)).reshape(value.newshape)
+        return np.asarray(_plain(state["a"])).reshape(state["newshape"])
     if isinstance(value, _Transpose):
-        return np.asarray(_plain(value.a)).transpose(getattr(value, "axes", None))
-    if isinstance(value, _Sparse):
-        import scipy.sparse
-        make = {"csc": scipy.sparse.csc_matrix, "csr": scipy.sparse.csr_matrix,
-                "coo": scipy.sparse.coo_matrix}[value.kind]
-        inner = ((value.row, value.col),) if value.kind == "coo" else (value.indices, value.indptr)
-        shape = getattr(value, "_shape", None) or value.shape
-        if math.prod(map(int, shape)) > 10 ** 8:
-            raise ValueError(f"a sparse matrix of shape {shape}")
-        return np.asarray(make((value.data, *inner), shape=shape).todense())
-    return value
+        return np.asarray(_plain(state["a"])).transpose(state.get("axes"))
+    if isinstance(value, (_Csc, _Csr, _Coo)):
+        return _dense(value)
+    raise ValueError(f"a {type(value).__name__} where numbers should be")
+
+
+def _dense(sparse: _StandIn) -> np.ndarray:
+    """scipy.sparse by hand, because scipy writes wherever the file's indices point."""
+    part = {key: _plain(value) for key, value in sparse.state.items()}
+    shape = tuple(int(n) for n in part.get("_shape") or part["shape"])
+    if math.prod(shape) > 10 ** 7:              # SMPL's largest array has 6.2 million numbers
+        raise ValueError(f"a sparse matrix of shape {shape}")
+    if isinstance(sparse, _Coo):
+        place = part.get("coords") or (part["row"], part["col"])
+        place = tuple(_plain(axis) for axis in place)
+    else:                                       # datum n lies in the column (csc) or row (csr) ...
+        n = np.arange(len(part["data"]))        # ... whose run, indptr[c] to indptr[c + 1], holds n
+        place = (part["indices"], np.searchsorted(part["indptr"], n, "right") - 1)
+        place = place if isinstance(sparse, _Csc) else place[::-1]
+    dense = np.zeros(shape, part["data"].dtype)
+    np.add.at(dense, place, part["data"])       # checks every index; duplicates add up
+    return dense
 
 
 _KEYS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
@@ -500,40 +510,43 @@ _OWN_KEYS = ("cocoplus_regressor", "mean_pose")    # HMR's; this project's
 
 
 def _read_raw(path: Path) -> dict:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such body file; leave --smpl out for the open body, "
                                 f"or see README for where to get SMPL's")
-    if path.suffix == ".npz":
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: a folder; name the SMPL file in it")
+    content = path.read_bytes()                 # an OSError (permission, say) speaks for itself
+    if content[:2] == b"PK":                    # a zip: .npz, whatever the file is called
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 return {key: file[key] for key in file.files if key in _KEYS + _OWN_KEYS}
-        except Exception as error:
-            raise ValueError(f"{path}: expected a readable .npz of plain arrays ({error}); get the "
-                             f"file again, or use the official .pkl") from None
+        except Exception:
+            raise ValueError(f"{path}: not a whole .npz of plain number arrays (objects are "
+                             f"refused); get the file again, or use the official .pkl") from None
     try:
-        # from memory, where a string that claims to be a terabyte ends with the file
-        raw = _BodyUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        raw = _BodyUnpickler(io.BytesIO(content), encoding="latin1").load()
         if isinstance(raw, dict):
             return {key: _plain(value) for key, value in raw.items() if key in _KEYS + _OWN_KEYS}
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, {error}, which no SMPL body file needs; expected an "
-                         f"official SMPL .pkl") from None
+        raise ValueError(f"{path}: refused, {error}; an official SMPL .pkl needs nothing of the "
+                         f"kind, get that file") from None
     except Exception as error:
-        raise ValueError(f"{path}: not a readable SMPL .pkl ({type(error).__name__}: {error}); it "
-                         f"may be truncated, get the file again") from None
+        raise ValueError(f"{path}: neither an .npz nor a readable SMPL .pkl "
+                         f"({type(error).__name__}: {error}); it may be truncated, get the file "
+                         f"again") from None
     raise ValueError(f"{path}: expected a pickled dict of SMPL arrays, found "
                      f"{type(raw).__name__}; use an official SMPL .pkl")
 
 
-def _approximate_keypoints(path: Path, raw: dict) -> np.ndarray:
+def _approximate_keypoints(path: Path, template: np.ndarray, J_regressor: np.ndarray) -> np.ndarray:
     """For official files without HMR's regressor: 19 keypoints from joints and skin -> (19, V).
 
-    Limbs and neck are J_regressor's rows, here applied to the posed skin; the face is five vertices
-    of the official mesh (the paper's footnote is one too high) and the head's top its highest
-    vertex.  Approximate: SMPL's hips, neck and ankles are not where LSP's annotators click.
+    Limbs and neck are J_regressor's rows, applied to the posed skin (so that in a bent pose they
+    are near the 24 joints but not equal to them); the face is five vertices of the official mesh
+    (the paper's footnote is one too high) and the head's top its highest vertex.  Approximate:
+    SMPL's hips, neck and ankles are not where LSP's annotators click.
     """
-    template, J_regressor = (np.asarray(raw[k], np.float64) for k in ("v_template", "J_regressor"))
-    if template.shape != (6890, 3) or J_regressor.shape != (24, 6890):
+    if len(template) != 6890:
         raise ValueError(f"{path}: lacks cocoplus_regressor (the 19 keypoints), which can only be "
                          f"approximated for SMPL's own mesh of 6890 vertices; use HMR's "
                          f"neutral_smpl_with_cocoplus_reg.pkl")
@@ -558,38 +571,45 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
     missing = [key for key in _KEYS if key not in raw]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; expected the keys of an SMPL file")
-    tree = np.asarray(raw["kintree_table"])
+    for key, value in raw.items():
+        try:
+            array = np.asarray(value)
+        except ValueError:                      # a ragged list
+            array = np.zeros(0, object)
+        if array.dtype.kind not in "fiu" or not array.size:
+            raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected numbers; is "
+                             f"it an SMPL file?")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; get the file again")
+        raw[key] = array
+    tree = raw["kintree_table"]
     # The official table stores the root's parent as 4294967295, which is -1 in uint32.
-    parents = tree.astype(np.int64)[0].astype(np.int32) if tree.ndim == 2 and \
-        tree.dtype.kind in "fiu" else np.zeros(0)
+    parents = tree[0].astype(np.int64).astype(np.int32) if tree.ndim == 2 else np.zeros(0)
     if parents.tolist() != list(PARENTS):
-        others = {16: " (MANO has 16)", 52: " (SMPL-H has 52)", 55: " (SMPL-X has 55)"}
-        raise ValueError(f"{path}: kintree_table is not SMPL's tree of 24 joints but one of "
-                         f"{len(parents)}{others.get(len(parents), '')}; use a file of SMPL itself")
-    V = len(np.asarray(raw["v_template"]))
-    if "cocoplus_regressor" not in raw:
-        raw["cocoplus_regressor"] = _approximate_keypoints(path, raw)
+        others = {16: ", as MANO", 52: ", as SMPL-H", 55: ", as SMPL-X"}
+        raise ValueError(f"{path}: kintree_table is not SMPL's tree of 24 joints (this one has "
+                         f"{len(parents)}{others.get(len(parents), '')}); use SMPL's own file")
+    V = raw["v_template"].size // 3             # its shape is checked below
     shapes = {"v_template": (V, 3), "shapedirs": (V, 3, 10), "posedirs": (V, 3, 207),
               "J_regressor": (24, V), "weights": (V, 24), "cocoplus_regressor": (19, V),
               "mean_pose": (72,)}
     raw.setdefault("mean_pose", np.zeros(72))   # official files have none: it is a file beside them
     data = {}
     for key, shape in shapes.items():
-        array = np.asarray(raw[key])
+        if key not in raw:
+            raw[key] = _approximate_keypoints(path, data["v_template"], data["J_regressor"])
+        array = raw[key]
         if key == "shapedirs" and array.ndim == 3 and array.shape[2] > 10:
             print(f"{path.name} has {array.shape[2]} betas: the first 10 are used, as in HMR")
             array = array[:, :, :10]
-        if array.shape != shape or array.dtype.kind not in "fiu":
+        if array.shape != shape:
             raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected numbers of "
                              f"shape {shape}; is it an SMPL file?")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity; get the file again")
         data[key] = array.astype(np.float64)
-    data["parents"] = parents
-    data["f"] = np.asarray(raw["f"]).astype(np.int64)
-    if data["f"].ndim != 2 or data["f"].shape[1] != 3 or not 0 <= data["f"].min() <= \
-            data["f"].max() < V:
+    data["parents"], f = parents, raw["f"]
+    if f.ndim != 2 or f.shape[1] != 3 or (f % 1).any() or f.min() < 0 or f.max() >= V:
         raise ValueError(f"{path}: f must be (F, 3) vertex numbers below {V}; get the file again")
+    data["f"] = f.astype(np.int64)
     return data
 
 
@@ -611,14 +631,15 @@ def _official_sized(path: Path, V: int = 6890) -> None:
 
 
 def _textbook(smpl: SMPL, posedirs: Tensor, betas: Tensor, rotmats: Tensor) -> SMPLOutput:
-    """The bench's baseline: every body and vertex its own (4, 4), everything dense."""
+    """The baseline as commonly written: (B, V, 4, 4) transforms, dense products, keypoints from
+    every vertex.  Only the kinematics are `lbs`'s own."""
     B, V = len(betas), len(smpl.v_template)
-    v_shaped = smpl.v_template + torch.einsum("bn,vcn->bvc", betas, smpl.shapedirs)
+    v_shaped = smpl.v_template + torch.einsum("bn,vcn->bvc", betas, smpl.shapedirs)   # (B, V, 3)
     J = torch.einsum("bvc,jv->bjc", v_shaped, smpl.J_regressor)       # (B, 24, 3)
-    feature = (rotmats[:, 1:] - torch.eye(3, device=betas.device)).reshape(B, 207)
-    v_posed = v_shaped + (feature @ posedirs).view(B, V, 3)           # posedirs (207, 3V)
+    feature = (rotmats[:, 1:] - torch.eye(3, device=betas.device)).reshape(B, 207)    # (B, 207)
+    v_posed = v_shaped + (feature @ posedirs).view(B, V, 3)           # (B, V, 3) from (207, 3V)
     joints, A = batch_rigid_transform(rotmats, J, smpl.parents)       # A (B, 24, 4, 4)
-    T = (smpl.weights.expand(B, V, 24) @ A.reshape(B, 24, 16)).view(B, V, 4, 4)
+    T = (smpl.weights.expand(B, V, 24) @ A.reshape(B, 24, 16)).view(B, V, 4, 4)   # (B, V, 4, 4)
     v_homogeneous = torch.cat([v_posed, v_posed.new_ones(B, V, 1)], 2)            # (B, V, 4)
     v = (T @ v_homogeneous[..., None])[:, :, :3, 0]                   # (B, V, 3)
     return SMPLOutput(v, joints, torch.einsum("kv,bvc->bkc", smpl.cocoplus_regressor, v))
@@ -631,10 +652,11 @@ def _bench(device: torch.device) -> None:
         smpl = SMPL(Path(folder) / "random.npz").to(device)
     posedirs = smpl.posedirs.flatten(0, 1).T.contiguous()
     ways = (lambda b, R: _textbook(smpl, posedirs, b, R), smpl, partial(smpl, vertices=False))
-    print(f"V = 6,890, float32, rotation matrices in; torch {torch.__version__} on {device.type}\n"
+    print(f"V = 6,890, float32, rotation matrices in, full body out as a view with the batch "
+          f"innermost; torch {torch.__version__} on {device.type}\n"
           "threads    B  pass      textbook ms    full ms  ratio   keypoints only ms  ratio")
     threads = torch.get_num_threads()
-    for n in (1,) if device.type == "cuda" else sorted({1, threads}):
+    for n in (1,) if device.type == "cuda" else (1, 2):
         torch.set_num_threads(n)
         for B in (1, 16, 64, 256):
             inputs = [torch.randn(B, 10, device=device), batch_rodrigues(

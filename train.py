@@ -9,6 +9,8 @@ Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
     python train.py --resume --out runs/small       # go on after Ctrl-C
     python train.py --small --ablate                # the paper's claims, one by one: seven runs
     python train.py --degradation                   # the slides' plain and residual networks
+    torchrun --nproc_per_node=2 train.py --small    # two processes share each batch
+    python train.py --small --bench                 # what each part of a step costs
 
 Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14 = LSP)   V vertices
 """
@@ -18,9 +20,12 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import io
+import itertools
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -30,8 +35,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data import (Batch, SyntheticPeople, compare, draw_chart, load_mocap, look_at, mirror_pose,
                   save_png)
@@ -199,8 +206,9 @@ def evaluation_pictures(config: Config, smpl: SMPL, device):
 
 
 def training_world(config: Config, smpl: SMPL, device) -> SyntheticPeople:
-    return SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch,
-                           config.size, config.look, config.seed, device=device,
+    rank, ranks = rank_and_ranks()                                    # each process draws its share
+    return SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch // ranks,
+                           config.size, config.look, config.seed, rank, device=device,
                            labels="half" if config.paired else "2d")
 
 
@@ -258,6 +266,51 @@ def lr_factor(step: int, config: Config) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (config.steps - rise))
 
 
+def train_step(E: HMR, judge: torch.nn.Module, opt_E: torch.optim.Optimizer,
+               opt_D: torch.optim.Optimizer, batch: Batch, motion: tuple[Tensor, Tensor] | None,
+               config: Config) -> list[Tensor]:
+    """One step of both players, E and the discriminators -> the numbers of a log line, () each.
+
+    E and judge may be wrapped by DistributedDataParallel.  motion: real rotations (N, 23, 3, 3)
+    and betas (N, 10), as many as predictions; None without the adversary.
+    """
+    model, D = getattr(E, "module", E), getattr(judge, "module", judge)
+    image = batch.image.contiguous(memory_format=torch.channels_last)
+    thetas, pred = E(image)                                           # T x (B, 85), decoded Theta_T
+    # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
+    _, pose, betas = split_theta(torch.cat(thetas))                   # (N, 72), (N, 10); N = B * T
+    rotmats = pose_to_rotmats(pose)[:, 1:]                            # (N, 23, 3, 3) without root
+    if config.supervise == "all":                   # not the slides' rule: all T get the full L
+        pred = model.decode(torch.cat(thetas))                        # N bodies, and N labels:
+        batch = Batch(*(torch.cat([label] * len(thetas)) for label in batch))
+    real = fake = loss_D = L_adv = betas.new_zeros(())                # they stay 0 without adv
+
+    # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]            Eq. (8) --
+    if config.adv:
+        real = judge(*motion)                                         # (N, 25)
+        fake = judge(rotmats.detach(), betas.detach())                # (N, 25) nothing reaches E
+        loss_D = discriminator_loss(real, fake)
+        opt_D.zero_grad()
+        loss_D.backward()
+        opt_D.step()
+
+    # ---- (2) update E:  min_E  lambda (L_reproj + 1 L_3D) + L_adv                      Eq. (1) --
+    L_kp = keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
+    L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
+    L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas, batch.has_smpl)
+    if config.adv:                    # D judges, having learnt first (official code: both at once)
+        D.requires_grad_(False)
+        L_adv = encoder_adversarial_loss(D(rotmats, betas))
+        D.requires_grad_(True)
+    L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl          # Eq. (4)
+    loss_E = config.weight_kp * L_kp + L_3d + config.weight_adv * L_adv           # Eq. (1)
+    opt_E.zero_grad()
+    loss_E.backward()
+    opt_E.step()
+    return [loss_E, L_kp, L_joints, L_smpl, L_adv, loss_D, real.mean(), fake.mean(),
+            betas.abs().mean()]
+
+
 def train(config: Config, checkpoint: dict | None = None) -> dict:
     """Train, from the start or a checkpoint; evaluate; write all to config.out -> metrics.json's.
 
@@ -267,7 +320,8 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
     out, device = Path(config.out), torch.device(config.device)
     if not checkpoint:
         refuse_a_used_folder(out)
-    torch.manual_seed(config.seed)                                    # initialisation and dropout
+    rank, _ = rank_and_ranks()                                        # 0 unless torchrun is used
+    torch.manual_seed(config.seed + rank)                             # initialisation and dropout
     smpl = SMPL(config.smpl or None).to(device)
     model, D, lr = build(config, smpl, checkpoint)
     world = training_world(config, smpl, device)
@@ -279,59 +333,67 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
     log = Log(out, config, lr, start, seconds)
     shown = next(evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl, device))
     model.train(), D.train()
+    E, judge = share_gradients(model), share_gradients(D)   # under torchrun; else the same objects
     with finish_the_step_first() as stopping:                         # on Ctrl-C
         for step in range(start, config.steps):
             for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
                 optimizer.param_groups[0]["lr"] = rate * lr_factor(step, config)
             batch = world.batch(0 if config.overfit else step)
-            image = batch.image.contiguous(memory_format=torch.channels_last)
-            thetas, pred = model(image)                               # T x (B, 85), decoded Theta_T
-            # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
-            _, pose, betas = split_theta(torch.cat(thetas))           # (N, 72), (N, 10); N = B * T
-            rotmats = pose_to_rotmats(pose)[:, 1:]                    # (N, 23, 3, 3) without root
-            if config.supervise == "all":           # not the slides' rule: all T get the full L
-                pred = model.decode(torch.cat(thetas))                # N bodies, and N labels:
-                batch = Batch(*(torch.cat([label] * len(thetas)) for label in batch))
-            real = fake = loss_D = L_adv = betas.new_zeros(())        # they stay 0 without adv
-
-            # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]    Eq. (8) --
-            if config.adv:
-                real_rotmats, real_betas = world.motion(len(rotmats), step)       # as many as fake
-                real = D(real_rotmats, real_betas)                    # (N, 25)
-                fake = D(rotmats.detach(), betas.detach())            # (N, 25) nothing reaches E
-                loss_D = discriminator_loss(real, fake)
-                opt_D.zero_grad()
-                loss_D.backward()
-                opt_D.step()
-
-            # ---- (2) update E:  min_E  lambda (L_reproj + 1 L_3D) + L_adv              Eq. (1) --
-            L_kp = keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
-            L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
-            L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas,
-                               batch.has_smpl)
-            if config.adv:            # D judges, having learnt first (official code: both at once)
-                D.requires_grad_(False)
-                L_adv = encoder_adversarial_loss(D(rotmats, betas))
-                D.requires_grad_(True)
-            L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl      # Eq. (4)
-            loss_E = config.weight_kp * L_kp + L_3d + config.weight_adv * L_adv       # Eq. (1)
-            opt_E.zero_grad()
-            loss_E.backward()
-            opt_E.step()
-
-            log.add(step, [loss_E, L_kp, L_joints, L_smpl, L_adv, loss_D, real.mean(),
-                           fake.mean(), betas.abs().mean()])
-            if (step + 1) % config.picture_every == 0:
+            N = config.iterations * world.batch_size                  # as many real as predicted
+            motion = world.motion(N, step) if config.adv else None
+            numbers = train_step(E, judge, opt_E, opt_D, batch, motion, config)
+            log.add(step, numbers)
+            stop = on_any_rank(stopping)
+            if (step + 1) % config.picture_every == 0 and rank == 0:
                 save_png(out / "pictures" / f"step_{step + 1:06d}.png", overlays(model, shown))
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
-                save_state(log, state, step + 1, loss_E.item())
-            if stopping:
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop:
+                save_state(log, state, step + 1, numbers[0].item())
+            if stop:
                 raise KeyboardInterrupt(f"--resume --out {out}")
-    return finish(model, D, shown, log)
+    return finish(model, D, shown, log) if rank == 0 else {}
 
 
 # ============================================================================================
 # Not needed to understand HMR: building, files, the log, the command line.
+
+# Several processes: `torchrun --nproc_per_node=N train.py ...` starts N copies of this program, the
+# "ranks", one a GPU (or all on the CPU).  Each draws, encodes and judges batch / N pictures, and
+# DistributedDataParallel averages the gradients in `backward`, so all take the same step.  The
+# losses' denominators count over all ranks (hmr.masked_mean): N ranks learn what one process would
+# from the joined batch, but for batch norm, which sees its own rank's pictures.  Rank 0 alone
+# prints, saves and evaluates.
+
+def join_the_ranks(device: str) -> None:
+    """Meet the processes that torchrun started; without torchrun, nothing."""
+    if not dist.is_torchelastic_launched():
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: expected at most one process a GPU, found "
+                             f"{torch.cuda.device_count()} GPUs; start fewer or use --device cpu")
+        torch.cuda.set_device(local)                      # "cuda" now means this one
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_gradients(module: torch.nn.Module) -> torch.nn.Module:
+    return DistributedDataParallel(module) if dist.is_initialized() else module
+
+
+def on_any_rank(condition) -> bool:
+    """All ranks must ask together: one that stops alone would leave the others waiting for ever."""
+    if not dist.is_initialized():
+        return bool(condition)
+    found = torch.tensor(float(bool(condition)))          # () on the CPU, through gloo
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
 
 @contextlib.contextmanager
 def finish_the_step_first():
@@ -445,9 +507,11 @@ def load_checkpoint(path: Path, option: str) -> dict:
 
 def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
     """checkpoint.pt: what a continuation needs, bit-identical on a CPU (on a GPU, atomic sums
-    differ from run to run).  The body is kept only as its name and hash.  A good checkpoint is
-    never replaced by one of NaNs."""
+    differ from run to run; of several processes, only rank 0's dropout goes on where it was).  The
+    body is kept only as its name and hash.  A good checkpoint is never replaced by one of NaNs."""
     log.require_finite(loss, step - 1)
+    if rank_and_ranks()[0] > 0:
+        return
     smpl, rng = state["model"].smpl, {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
@@ -464,6 +528,8 @@ def load_state(checkpoint: dict, state: dict) -> tuple[int, float]:
     check_body(checkpoint, state["model"].smpl)
     for name, part in state.items():
         part.load_state_dict(checkpoint[name])
+    if rank_and_ranks()[0] > 0:             # these are rank 0's random numbers; others begin anew
+        return checkpoint["step"], checkpoint["seconds"]
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in checkpoint["rng"]:
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
@@ -510,7 +576,7 @@ class Log:
         return self.before + time.perf_counter() - self.begun
 
     def require_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
+        if on_any_rank(not math.isfinite(loss)):
             raise ValueError(f"the losses are no longer finite at step {step + 1}: lower --lr (or "
                              f"--lr-scratch); {self.path} shows which term grew first")
 
@@ -518,7 +584,11 @@ class Log:
         self.values.append(torch.stack([v.detach() for v in values]))    # stays on the device
         if (step + 1) % self.config.log_every and step + 1 < self.config.steps:
             return
-        means = torch.stack(self.values).mean(0).tolist()
+        means = torch.stack(self.values).mean(0)                      # (9,)
+        rank, ranks = rank_and_ranks()
+        if ranks > 1:                           # the joined batch's losses: see hmr.masked_mean
+            dist.all_reduce(means)
+        means = (means / ranks).tolist()
         now = time.perf_counter()
         rate = len(self.values) * self.config.batch / (now - self.line_begun)
         left = (self.config.steps - step - 1) * (now - self.begun) / (step + 1 - self.start)
@@ -526,11 +596,12 @@ class Log:
         line = f"{step + 1:10d}" + "".join(f"{m:10.4g}" for m in means)
         print(line + f"{rate:10.0f}{clock:>10s}", flush=True)
         row = ",".join([str(step + 1), *(f"{m:.6g}" for m in means), f"{rate:.1f}", f"{left:.0f}"])
-        if self.rows is not None:
-            write_atomically(self.path, self.rows.encode())
-            self.rows = None
-        with open(self.path, "a") as file:
-            file.write(row + "\n")
+        if rank == 0:
+            if self.rows is not None:
+                write_atomically(self.path, self.rows.encode())
+                self.rows = None
+            with open(self.path, "a") as file:
+                file.write(row + "\n")
         self.require_finite(sum(means), step)
         self.values, self.line_begun = [], now
 
@@ -585,6 +656,157 @@ def device_name(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads, " + torch.backends.cpu.get_cpu_capability()
 
 
+# --bench: what each part of a step costs, on top of the encoder that any such network pays for.
+
+STAGES = ("encoder: forward, backward, Adam", "+ regressor", "+ SMPL and losses",
+          "+ discriminators, L_adv", "+ pictures and motion", "+ rates and log: the whole loop")
+
+
+def bench_steps(config: Config, smpl: SMPL, device) -> dict:
+    """train()'s step, built up part by part: each of STAGES -> a function that does one step.
+
+    A test holds the weights that the last one leaves against train()'s.
+    """
+    torch.manual_seed(config.seed + rank_and_ranks()[0])
+    model, D, lr = build(config, smpl)
+    world = training_world(config, smpl, device)
+    opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
+    with contextlib.redirect_stdout(None):                            # without its header
+        log = Log(Path(), dataclasses.replace(config, steps=2 ** 62, log_every=2 ** 62), lr, 0, 0.0)
+    model.train(), D.train()
+    E, judge = share_gradients(model), share_gradients(D)
+    n, numbers = config.iterations * world.batch_size, itertools.count()
+    fixed = world.batch(0), world.motion(n, 0)
+
+    def descend(optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def step(stage: int) -> None:
+        number = next(numbers) if stage >= 4 else 0
+        batch, motion = (world.batch(number), world.motion(n, number)) if stage >= 4 else fixed
+        if stage == 5:
+            for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
+                optimizer.param_groups[0]["lr"] = rate * lr_factor(number, config)
+            return log.add(number, train_step(E, judge, opt_E, opt_D, batch, motion, config))
+        image = batch.image.contiguous(memory_format=torch.channels_last)
+        if stage < 2:
+            feature = model.encode(image)                             # (B, C)
+            out = feature if stage == 0 else torch.cat(model.regressor(feature))
+            return descend(opt_E, out.square().mean())
+        if stage == 2:
+            _, pred = E(image)
+            return descend(opt_E, config.weight_kp * keypoint_loss(
+                pred.keypoints2d, batch.keypoints2d, batch.visible) + config.weight_joints *
+                joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d) +
+                config.weight_smpl * smpl_loss(pred.rotmats, pred.betas, batch.rotmats,
+                                               batch.betas, batch.has_smpl))
+        train_step(E, judge, opt_E, opt_D, batch, motion, config)
+    return {name: functools.partial(step, stage) for stage, name in enumerate(STAGES)}
+
+
+def bench_inference(config: Config, smpl: SMPL, device, B: int) -> dict:
+    """The same for inference: name -> a function that does one forward pass of B pictures."""
+    model = build(config, smpl)[0].eval()
+    image = torch.rand(B, 3, config.size, config.size, device=device)
+    image = image.contiguous(memory_format=torch.channels_last)
+    return {"encoder": lambda: model.encode(image),
+            "+ regressor, SMPL's keypoints": lambda: model(image),
+            "  the same with all vertices": lambda: model.decode(
+                model.regressor(model.encode(image))[-1], vertices=True)}
+
+
+def in_turn(variants: dict, rounds: int, device) -> dict[str, Tensor]:
+    """Seconds (rounds,) of each variant, all in turn so that drift hits them alike."""
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds + 2):                                       # two rounds to warm up
+        for name, run_once in variants.items():
+            begun = clock()
+            run_once()
+            seconds[name].append(clock() - begun)
+    return {name: torch.tensor(s[2:], dtype=torch.float64) for name, s in seconds.items()}
+
+
+def print_costs(seconds: dict[str, Tensor], pictures: int) -> None:
+    (first, *_), (*_, last) = seconds.values(), seconds.values()
+    before = 0.0
+    for name, s in seconds.items():
+        low, median, high = s.quantile(s.new_tensor([0.25, 0.5, 0.75])).tolist()
+        share, before = 100 * (median - before) / last.median().item(), median
+        print(f"{name:34s}{1000 * median:10.1f}  {f'[{1000 * low:.1f}, {1000 * high:.1f}]':20s}"
+              f"{(s / first).median():9.2f}{share:9.1f} %{pictures / median:10.1f}", flush=True)
+
+
+def bench(config: Config, rounds: int) -> None:
+    """Print what the parts of a training step, and of inference, cost."""
+    device, smpl = torch.device(config.device), SMPL(config.smpl or None).to(config.device)
+    print(f"ResNet-{config.depth} of width {config.width}, {config.size} px, batch {config.batch}, "
+          f"V = {len(smpl.v_template)}; {device_name(config.device)}; medians of {rounds} rounds")
+    titles = f"{'ms':>10s}  {'[quartiles]':20s}{'x encoder':>9s}{'share':>11s}{'img/s':>10s}"
+    print(f"{'a training step':34s}" + titles)
+    print_costs(in_turn(bench_steps(config, smpl, device), rounds, device), config.batch)
+    print(f"peak memory of training: {peak_memory(device) / 2 ** 30:.2f} GiB")
+    with torch.inference_mode():
+        for B in (1, 64):
+            print(f"{f'inference, {B} at a time':34s}" + titles)
+            print_costs(in_turn(bench_inference(config, smpl, device, B), rounds, device), B)
+
+
+def bench_growth(config: Config, rounds: int) -> None:
+    """Print how a whole training step's cost grows, one setting at a time."""
+    if rank_and_ranks()[1] > 1:
+        raise ValueError("--bench grow: expected one process; leave torchrun out")
+    device, V = torch.device(config.device), len(SMPL(config.smpl or None).v_template)
+    print(f"{'':16s}{'img/s':>10s}{'ms':>10s}{'x encoder':>11s}   {device_name(config.device)}, "
+          f"medians of {rounds} rounds, the rest as depth {config.depth}, {config.size} px, "
+          f"batch {config.batch}")
+    for name, values in (("batch", (1, 4, 16, 64, 256)), ("size", (64, 96, 128, 224)),
+                         ("depth", (18, 34, 50, 101, 152)),
+                         ("vertices", sorted({V, max(V, 6890)}))):
+        for value in values:
+            smpl = SMPL(config.smpl or None)
+            if name == "vertices":
+                smpl, changed = with_vertices(smpl, value), config
+            else:
+                changed = dataclasses.replace(config, **{name: value})
+            steps = bench_steps(changed, smpl.to(device), device)
+            seconds = in_turn({s: steps[s] for s in (STAGES[0], STAGES[-1])}, rounds, device)
+            encoder, whole = (s.median().item() for s in seconds.values())
+            print(f"{f'{name} {value}':16s}{changed.batch / whole:10.1f}{1000 * whole:10.1f}"
+                  f"{whole / encoder:11.2f}", flush=True)
+
+
+def with_vertices(smpl: SMPL, V: int) -> SMPL:
+    """A body of V vertices for timing: the skin laid over itself, keypoints from its first layer.
+    (Its triangles do not shrink, so drawing it costs more than drawing a body as fine.)"""
+    n = len(smpl.v_template)
+    for name in ("v_template", "shapedirs", "posedirs", "weights"):
+        setattr(smpl, name, getattr(smpl, name)[torch.arange(V) % n])
+    for name in ("J_regressor", "cocoplus_regressor"):
+        setattr(smpl, name, torch.nn.functional.pad(getattr(smpl, name), (0, V - n)))
+    smpl.faces = torch.cat([smpl.faces + layer * n for layer in range(V // n)])
+    smpl.prepare()
+    return smpl
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU's tensors, or of this process; NaN where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource                                               # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
     """Flags -> (the Config fields that were given, the rest).  Every field is a flag; an unknown
     or misspelt one ends the program with status 2."""
@@ -602,6 +824,9 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
                            f"an interruption, the same command")
     mode.add_argument("--degradation", action="store_true",
                       help=f"train and compare {', '.join(NETWORKS)}, --small")
+    mode.add_argument("--bench", nargs="?", const="step", choices=("step", "grow"),
+                      help="only measure what the parts of a step cost, --steps rounds [20]; grow: "
+                           "how a step's cost grows with batch, size, depth and body [5]")
     parser.add_argument("--variants", metavar="A,B,..",
                         help="only these, of --ablate or --degradation [all]")
     parser.add_argument("--seeds", metavar="N", type=int,
@@ -645,6 +870,10 @@ def make_config(given: dict, preset: dict) -> Config:
         value = getattr(config, name)
         if not least <= value < 2 ** 63:                              # False for NaN too
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    _, ranks = rank_and_ranks()
+    if config.batch % ranks or config.batch < 2 * ranks:
+        raise ValueError(f"--batch {config.batch}: expected a multiple of the {ranks} processes, "
+                         f"at least two pictures each; change it or --nproc_per_node")
     if config.dropout >= 1:
         raise ValueError(f"--dropout: expected a probability below 1, got {config.dropout}")
     return config
@@ -680,6 +909,9 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
                              f"{', '.join(variants)}")
     for name in set(given) & set().union(*variants.values()):
         raise ValueError(f"{flags_of(name)[0]}: the variants differ in it; leave it out")
+    if rank_and_ranks()[1] > 1:
+        raise ValueError("--ablate and --degradation run in one process; start them by python, not "
+                         "by torchrun")
     if args.seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {args.seeds}")
     out, first = Path(given["out"]), given.get("seed", 0)
@@ -945,11 +1177,20 @@ def config_of(checkpoint: dict, given: dict, allowed: set[str], option: str) -> 
 def run(argv: list[str] | None) -> None:
     given, args = parse(argv)
     given["device"] = pick_device(given.get("device", "auto"))
+    join_the_ranks(given["device"])
     if args.eval:
         checkpoint = load_checkpoint(args.eval, "--eval")
         config = config_of(checkpoint, given, {"smpl", "eval_pictures"}, "--eval")
         model, D = restore(checkpoint, config)
         print_table(evaluate(model, config, torch.device(config.device), D if config.adv else None))
+    elif args.bench:
+        rounds = given.pop("steps", 20 if args.bench == "step" else 5)
+        given = {"pretrained": "none"} | given                        # as dear, and no download
+        config = make_config(given, small_preset(given) if args.small else {})
+        if not config.adv or config.supervise == "all":
+            raise ValueError("--bench times the step with the adversary and --supervise last; "
+                             "leave --no-adv and --supervise out")
+        (bench if args.bench == "step" else bench_growth)(config, rounds)
     elif args.resume:
         checkpoint = load_checkpoint(Path(given["out"]) / "checkpoint.pt", "--resume")
         config = config_of(checkpoint, given, {"smpl", "steps", "log_every", "picture_every",
@@ -968,11 +1209,15 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return exit_status("train.py", lambda: run(argv))
+        status = exit_status("train.py", lambda: run(argv))
+        if status == 0 and dist.is_initialized():
+            dist.destroy_process_group()
+        return status
     except KeyboardInterrupt as stop:
-        print(f"\nstopped; saved: go on with  python train.py {stop}" if stop.args
-              else "\nstopped outside the training loop; a checkpoint, if there was one, is kept",
-              file=sys.stderr)
+        if rank_and_ranks()[0] == 0:
+            print(f"\nstopped; saved: go on with  python train.py {stop}" if stop.args else
+                  "\nstopped outside the training loop; a checkpoint, if there was one, is kept",
+                  file=sys.stderr)
         return 130
 
 
