@@ -1676,7 +1676,7 @@ def test_the_ablation_goes_on_after_an_interruption(tmp_path, monkeypatch, capsy
         metrics = json.loads((out / f"{name}_seed0" / "metrics.json").read_text())
         (row,) = [r for r in rows if r[0] == name and r[2] == "iteration 3"]
         (line,) = [cells for cells in table[1:] if cells[0] == name and cells[1] != "MPJPE mm"]
-        for n, (key, _) in enumerate(train.COLUMNS):
+        for n, (key, _) in enumerate(train.MEASURES):
             close(float(row[3 + n]), metrics[key], 1e-9, f"{key} in the CSV file")
             assert line[1 + n] == f"{metrics[key]:.1f}", f"{key} in the table"
         assert (line[-1] == "") == (name == "neither"), "an untrained D has no opinion"
@@ -1699,15 +1699,22 @@ def test_the_ablations_spread_is_over_seeds(tmp_path):
     configs = {}
     for seed, mpjpe in ((0, 100.0), (1, 110.0)):
         configs["T=1", seed] = config = tiny(tmp_path / f"T=1_seed{seed}", iterations=1, seed=seed)
-        body = {key: mpjpe for key, _ in train.COLUMNS}
+        body = {key: mpjpe for key, _ in train.MEASURES}
         Path(config.out).mkdir()
         (Path(config.out) / "metrics.json").write_text(json.dumps(
-            {"truth": body, "baseline": body, "per_iteration": [body], "seconds": 1.0,
-             "device": "none", "heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}))
+            {"truth": body, "baseline": body, "per_iteration": [body], "seconds": 1.0, "config": {},
+             "device": "none", "torch": "0", "heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}))
     train.ablation_tables(tmp_path, configs)
     text = (tmp_path / "ablation.md").read_text()
     assert "| T=1 | 105.0 ± 7.1 |" in text, f"sample standard deviation of 100 and 110: {text}"
     assert "| 0.60 | 0.25 |" in text and "seeds 0, 1" in text
+    for config in configs.values():             # as after --no-adv: no heads, and no word about it
+        path = Path(config.out) / "metrics.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items()
+                                    if k != "heads"}))
+    train.ablation_tables(tmp_path, configs)
+    assert "105.0 ± 7.1" in (tmp_path / "ablation.md").read_text()
+    assert "nan" not in (tmp_path / "ablation.md").read_text()
 
 
 def test_degradation_measures_four_networks(tmp_path, body):
@@ -1840,6 +1847,6 @@ def test_readmes_commands_run(tmp_path, monkeypatch):
     metrics = json.loads((tmp_path / "runs/small/metrics.json").read_text())
     keys = {"mpjpe", "pa_mpjpe", "pve", "pck", "auc", "px", "outside", "mocap", "beta3"}
     assert keys | {"per_iteration", "baseline", "truth", "heads", "seconds", "images", "device",
-                   "seed", "config"} == set(metrics)
+                   "torch", "seed", "config"} == set(metrics)
     assert set(metrics["baseline"]) == keys and len(metrics["per_iteration"]) == 3
     assert (tmp_path / "runs/small/picture.png").is_file()

@@ -13,6 +13,7 @@ Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
     python train.py --small --bench                 # what each part of a step costs
 
 Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14 = LSP)   V vertices
+       F frames of motion capture
 """
 
 import argparse
@@ -33,6 +34,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -108,153 +110,28 @@ class Config:
     eval_pictures: int = option(512, "pictures of held-out motion at the end")
 
 
-# --small: printed as a diff from the above.  A few hundred thousand small pictures instead of 43
-# million: learning rates a hundred times larger, annealed (E's to D's still 1:10); no dropout
-# (nothing is seen twice); joints and rotations weigh more against the adversary, and 6D rotations
-# have no seam that a body turning round must jump over (these two, and 48 px without a GPU, were
-# ahead in trials of equal length).
+# --small: printed as a diff from the above.  2 million small pictures (192,000 without a GPU)
+# instead of 43 million: learning rates a hundred times larger, annealed (E's to D's still 1:10); no
+# dropout (nothing is seen twice); joints and rotations weigh more against the adversary, and it
+# less against the 2D; 6D rotations have no seam that a body turning round must jump over (these
+# three, and 48 px without a GPU, were ahead in trials of equal length).
 SMALL = dict(depth=18, width=32, size=64, look="plain", upright=True, dropout=0.0,
              pretrained="none", rotation="6d", weight_joints=300.0, weight_smpl=120.0,
-             lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", batch=256, steps=8_000)
+             weight_adv=0.25, lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", batch=256,
+             steps=8_000)
 SMALL_CPU = dict(size=48, batch=64, steps=3_000)                      # without a GPU
 
 
 # --------------------------------------------------------------------------------------------
-# 2. The measures (Sec. 4.1), on the 14 LSP keypoints
-
-def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
-    """Procrustes: source (B, N, 3) moved onto target (B, N, 3) by a scale, rotation and shift.
-
-    Each body by its own transform.  The rotation is proper (det = +1): a mirrored body must not
-    be excused.  Right for any B and N >= 3, B = N = 3 included (implementations that guess which
-    axis holds the coordinates transpose that one).
-    """
-    mu_s, mu_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)       # (B, 1, 3)
-    s, t = source - mu_s, target - mu_t                               # (B, N, 3)
-    U, S, Vh = torch.linalg.svd(t.mT @ s)                             # (B, 3, 3), (B, 3), (B, 3, 3)
-    sign = torch.ones_like(S)                                         # (B, 3)
-    sign[:, 2] = torch.linalg.det(U @ Vh).sign()                      # undo a reflection
-    R = U @ (sign[..., None] * Vh)                                    # (B, 3, 3)
-    scale = (S * sign).sum(1) / s.square().sum((1, 2)).clamp(min=1e-12)           # (B,)
-    return scale[:, None, None] * s @ R.mT + mu_t                     # (B, N, 3)
-
-
-def pose_errors(pred, true) -> dict[str, Tensor]:
-    """Per-picture errors of one decoded prediction against the truth (HMROutputs with vertices).
-
-    mpjpe (B, 14), pa_mpjpe (B, 14), pve (B, V) in mm; px (B, 19) in pixels of a 224 crop.
-    MPJPE (official code) and PVE after moving both bodies' hip midpoints to the origin.
-    """
-    # keypoints and skin in one go: the hips that center it come first
-    p, t = (center_hips(torch.cat([body.keypoints3d[:, :LSP], body.vertices], 1))
-            for body in (pred, true))                                 # (B, 14 + V, 3)
-    vertex = p[:, LSP:] - t[:, LSP:]                                  # (B, V, 3)
-    p, t = p[:, :LSP], t[:, :LSP]                                     # (B, 14, 3)
-    return {"mpjpe": 1000 * (p - t).norm(dim=-1),
-            "pa_mpjpe": 1000 * (compute_similarity_transform(p, t) - t).norm(dim=-1),
-            "pve": 1000 * vertex.norm(dim=-1),
-            "px": 112 * (pred.keypoints2d - true.keypoints2d).norm(dim=-1)}
-
-
-RANGE = 20.0           # degrees.  draw_poses' noise moves a recorded rotation by 12 at most.
-
-
-def recorded_rotations(config: Config, device) -> Tensor:
-    """The training clips' frames and their mirror images -> (F, 23, 9), without root."""
-    pose = load_mocap(config.upright, held_out=False)                 # (frames, 24, 3)
-    pose = torch.cat([pose, mirror_pose(pose)])[:, 1:].to(device)     # (F, 23, 3)
-    return batch_rodrigues(pose).flatten(2)                           # (F, 23, 9)
-
-
-def monstrosity(body: HMROutput, recorded: Tensor) -> dict[str, Tensor]:
-    """How far bodies are from any that motion capture has seen; `recorded` (F, 23, 9).
-
-    outside (B, 23): 100 where a joint's rotation is over 20 degrees from each that was recorded of
-    this joint (held-out clips: 1 in 100); mocap (B,): degrees to the nearest recorded pose, mean
-    over joints; beta3 (B, 10): 100 where |beta| > 3 standard deviations.  The root is free.
-    """
-    rotmats = body.rotmats[:, 1:].flatten(2)                          # (B, 23, 9)
-    # the angle of A^T B, from its trace = the sum of the products of A's and B's elements
-    cosine = (torch.einsum("bjk,fjk->bfj", rotmats, recorded) - 1) / 2            # (B, F, 23)
-    angle = cosine.clamp(-1, 1).acos().rad2deg()                      # (B, F, 23)
-    return {"outside": 100.0 * (angle.amin(1) > RANGE), "mocap": angle.mean(2).amin(1),
-            "beta3": 100.0 * (body.betas.abs() > 3)}
-
-
-def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Batches of pose_errors -> means, and PCK@150 mm and AUC (0 to 150 mm step 5) of MPJPE."""
-    all_errors = {key: torch.cat([e[key] for e in errors]) for key in errors[0]}
-    result = {key: value.mean().item() for key, value in all_errors.items()}
-    mpjpe = all_errors["mpjpe"]
-    result["pck"] = 100 * (mpjpe <= 150).double().mean().item()
-    thresholds = torch.arange(0, 151, 5, device=mpjpe.device)         # (31,)
-    result["auc"] = 100 * (mpjpe[..., None] <= thresholds).double().mean().item()
-    return result
-
-
-EVALUATION_SEED = 2018
-
-
-def evaluation_pictures(config: Config, smpl: SMPL, device):
-    """Yield the test set: unmixed frames of the held-out clips, the same whatever --seed says."""
-    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=True), 64, config.size,
-                            config.look, EVALUATION_SEED, labels="all", mix=False, device=device,
-                            rng_device="cpu")
-    for first in range(0, config.eval_pictures, 64):
-        batch = world.batch(first // 64)
-        yield Batch(*(field[:config.eval_pictures - first] for field in batch))
-
+# 2. The training loop (Sec. 3.4)
 
 def training_world(config: Config, smpl: SMPL, device) -> SyntheticPeople:
-    rank, ranks = rank_and_ranks()                                    # each process draws its share
+    """The training clips' people; under torchrun each rank draws its share, other pictures."""
+    rank, ranks = rank_and_ranks()
     return SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch // ranks,
                            config.size, config.look, config.seed, rank, device=device,
                            labels="half" if config.paired else "2d")
 
-
-def mean_camera(config: Config, smpl: SMPL, device) -> Tensor:
-    """What a network that never looks would guess: the training world's mean camera (1, 3)."""
-    # pictures of 2 pixels: only the cameras are wanted
-    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), 512, size=2,
-                            seed=EVALUATION_SEED, device=device, rng_device="cpu")
-    return torch.cat([world.batch(step).cam for step in range(4)]).mean(0, keepdim=True)
-
-
-@torch.no_grad()
-def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = None) -> dict:
-    """All measures on the held-out clips: of each IEF iteration, the baseline and the truth.
-
-    The baseline is Theta-bar under the training world's mean camera: the mean pose, facing us
-    (people face anywhere).  heads: each discriminator's mean on Theta_T and on fresh motion.
-    """
-    model.eval()                  # batch norm uses its running statistics, dropout is off
-    baseline = model.regressor.theta_bar.clone()                      # (1, 85)
-    baseline[:, CAM] = mean_camera(config, model.smpl, device)
-    recorded = recorded_rotations(config, device)                     # (F, 23, 9)
-    errors, scores = [[] for _ in range(config.iterations + 2)], []
-    for batch in evaluation_pictures(config, model.smpl, device):
-        body = model.smpl(batch.betas, batch.rotmats)
-        true = HMROutput(batch.rotmats, batch.betas, batch.cam, body.joints, body.keypoints,
-                         batch.keypoints2d, body.vertices)
-        thetas, _ = model(batch.image)                                # T x (B, 85)
-        bodies = [model.decode(theta, vertices=True)
-                  for theta in (baseline.expand(len(batch.image), -1), *thetas)]
-        for kept, pred in zip(errors, [true, *bodies]):
-            kept.append(pose_errors(pred, true) | monstrosity(pred, recorded))
-        if D is not None:
-            scores.append(D(bodies[-1].rotmats[:, 1:], bodies[-1].betas))         # (B, 25)
-    of_truth, of_baseline, *per_iteration = [summarize(e) for e in errors]
-    result = {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline,
-              "truth": of_truth}
-    if D is not None:       # the 25 one by one: which are winning?
-        motion = training_world(config, model.smpl, device).motion(2048, config.steps)
-        result["heads"] = {"real": D(*motion).mean(0).tolist(),
-                           "fake": torch.cat(scores).mean(0).tolist()}
-    return result
-
-
-# --------------------------------------------------------------------------------------------
-# 3. The training loop
 
 def lr_factor(step: int, config: Config) -> float:
     """Factor on both learning rates: 1, or one cycle (a linear rise, then a cosine to 0)."""
@@ -280,15 +157,15 @@ def train_step(E: HMR, judge: torch.nn.Module, opt_E: torch.optim.Optimizer,
     # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
     _, pose, betas = split_theta(torch.cat(thetas))                   # (N, 72), (N, 10); N = B * T
     rotmats = pose_to_rotmats(pose)[:, 1:]                            # (N, 23, 3, 3) without root
-    if config.supervise == "all":                   # not the slides' rule: all T get the full L
+    if config.supervise == "all":          # not the slides' rule: every t gets the full L, at 1/T
         pred = model.decode(torch.cat(thetas))                        # N bodies, and N labels:
-        batch = Batch(*(torch.cat([label] * len(thetas)) for label in batch))
+        batch = Batch(image, *(torch.cat([label] * len(thetas)) for label in batch[1:]))
     real = fake = loss_D = L_adv = betas.new_zeros(())                # they stay 0 without adv
 
     # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]            Eq. (8) --
     if config.adv:
-        real = judge(*motion)                                         # (N, 25)
-        fake = judge(rotmats.detach(), betas.detach())                # (N, 25) nothing reaches E
+        real = judge(*motion)                                         # (N, 25); whole: (N, 1)
+        fake = judge(rotmats.detach(), betas.detach())                # the same; nothing reaches E
         loss_D = discriminator_loss(real, fake)
         opt_D.zero_grad()
         loss_D.backward()
@@ -340,7 +217,7 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
                 optimizer.param_groups[0]["lr"] = rate * lr_factor(step, config)
             batch = world.batch(0 if config.overfit else step)
             N = config.iterations * world.batch_size                  # as many real as predicted
-            motion = world.motion(N, step) if config.adv else None
+            motion = world.motion(N, step) if config.adv else None    # (N, 23, 3, 3), (N, 10)
             numbers = train_step(E, judge, opt_E, opt_D, batch, motion, config)
             log.add(step, numbers)
             stop = on_any_rank(stopping)
@@ -353,13 +230,115 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
     return finish(model, D, shown, log) if rank == 0 else {}
 
 
+# --------------------------------------------------------------------------------------------
+# 3. The measures (Sec. 4.1), on the 14 LSP keypoints
+
+def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
+    """Procrustes: source (B, N, 3) moved onto target (B, N, 3) by a scale, rotation and shift.
+
+    Each body by its own transform.  The rotation is proper (det = +1): a mirrored body must not
+    be excused.  Right for any B and N >= 3, B = N = 3 included (implementations that guess which
+    axis holds the coordinates transpose that one).
+    """
+    mu_s, mu_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)       # (B, 1, 3)
+    s, t = source - mu_s, target - mu_t                               # (B, N, 3)
+    U, S, Vh = torch.linalg.svd(t.mT @ s)                             # (B, 3, 3), (B, 3), (B, 3, 3)
+    sign = torch.ones_like(S)                                         # (B, 3)
+    sign[:, 2] = torch.linalg.det(U @ Vh).sign()                      # undo a reflection
+    R = U @ (sign[..., None] * Vh)                                    # (B, 3, 3)
+    scale = (S * sign).sum(1) / s.square().sum((1, 2)).clamp(min=1e-12)           # (B,)
+    return scale[:, None, None] * s @ R.mT + mu_t                     # (B, N, 3)
+
+
+def pose_errors(pred: HMROutput, true: HMROutput) -> dict[str, Tensor]:
+    """Per-picture errors of one decoded prediction against the truth (HMROutputs with vertices).
+
+    mpjpe (B, 14), pa_mpjpe (B, 14), pve (B, V) in mm; px (B, 19) in pixels of a 224 crop.
+    MPJPE (official code) and PVE after moving both bodies' hip midpoints to the origin.
+    """
+    # keypoints and skin in one go: the hips that center it come first
+    p, t = (center_hips(torch.cat([body.keypoints3d[:, :LSP], body.vertices], 1))
+            for body in (pred, true))                                 # (B, 14 + V, 3)
+    vertex = p[:, LSP:] - t[:, LSP:]                                  # (B, V, 3)
+    p, t = p[:, :LSP], t[:, :LSP]                                     # (B, 14, 3)
+    return {"mpjpe": 1000 * (p - t).norm(dim=-1),
+            "pa_mpjpe": 1000 * (compute_similarity_transform(p, t) - t).norm(dim=-1),
+            "pve": 1000 * vertex.norm(dim=-1),
+            "px": 112 * (pred.keypoints2d - true.keypoints2d).norm(dim=-1)}
+
+
+def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Batches of pose_errors -> means, and PCK@150 mm and AUC (0 to 150 mm step 5) of MPJPE."""
+    all_errors = {key: torch.cat([e[key] for e in errors]) for key in errors[0]}
+    result = {key: value.mean().item() for key, value in all_errors.items()}
+    mpjpe = all_errors["mpjpe"]
+    result["pck"] = 100 * (mpjpe <= 150).double().mean().item()
+    thresholds = torch.arange(0, 151, 5, device=mpjpe.device)         # (31,)
+    result["auc"] = 100 * (mpjpe[..., None] <= thresholds).double().mean().item()
+    return result
+
+
+EVALUATION_SEED = 2018
+
+
+def evaluation_pictures(config: Config, smpl: SMPL, device) -> Iterator[Batch]:
+    """Yield the test set: unmixed frames of the held-out clips, the same whatever --seed says."""
+    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=True), 64, config.size,
+                            config.look, EVALUATION_SEED, labels="all", mix=False, device=device,
+                            rng_device="cpu")
+    for first in range(0, config.eval_pictures, 64):
+        batch = world.batch(first // 64)
+        yield Batch(*(part[:config.eval_pictures - first] for part in batch))
+
+
+def mean_camera(config: Config, smpl: SMPL, device) -> Tensor:
+    """What a network that never looks would guess: the training world's mean camera (1, 3)."""
+    # pictures of 2 pixels: only the cameras are wanted
+    world = SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), 512, size=2,
+                            seed=EVALUATION_SEED, device=device, rng_device="cpu")
+    return torch.cat([world.batch(step).cam for step in range(4)]).mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = None) -> dict:
+    """All measures on the held-out clips: of each IEF iteration, the baseline and the truth.
+
+    The baseline is Theta-bar under the training world's mean camera: the mean pose, facing us
+    (people face anywhere).  heads: each discriminator's mean on Theta_T and on fresh motion.
+    """
+    model.eval()                  # batch norm uses its running statistics, dropout is off
+    baseline = model.regressor.theta_bar.clone()                      # (1, 85)
+    baseline[:, CAM] = mean_camera(config, model.smpl, device)
+    recorded = recorded_rotations(config, device)                     # (F, 23, 9)
+    errors, scores = [[] for _ in range(config.iterations + 2)], []
+    for batch in evaluation_pictures(config, model.smpl, device):
+        body = model.smpl(batch.betas, batch.rotmats)
+        true = HMROutput(batch.rotmats, batch.betas, batch.cam, body.joints, body.keypoints,
+                         batch.keypoints2d, body.vertices)
+        thetas, _ = model(batch.image)                                # T x (B, 85)
+        bodies = [model.decode(theta, vertices=True)
+                  for theta in (baseline.expand(len(batch.image), -1), *thetas)]
+        for kept, pred in zip(errors, [true, *bodies]):
+            kept.append(pose_errors(pred, true) | monstrosity(pred, recorded))
+        if D is not None:
+            scores.append(D(bodies[-1].rotmats[:, 1:], bodies[-1].betas))         # (B, 25)
+    of_truth, of_baseline, *per_iteration = [summarize(e) for e in errors]
+    result = {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline,
+              "truth": of_truth}
+    if D is not None:       # the 25 one by one: which are winning?
+        motion = training_world(config, model.smpl, device).motion(2048, config.steps)
+        result["heads"] = {"real": D(*motion).mean(0).tolist(),
+                           "fake": torch.cat(scores).mean(0).tolist()}
+    return result
+
+
 # ============================================================================================
 # Not needed to understand HMR: building, files, the log, the command line.
 
-# Several processes: `torchrun --nproc_per_node=N train.py ...` starts N copies of this program, the
-# "ranks", one a GPU (or all on the CPU).  Each draws, encodes and judges batch / N pictures, and
+# Several processes: `torchrun --nproc_per_node=P train.py ...` starts P copies of this program, the
+# "ranks", one a GPU (or all on the CPU).  Each draws, encodes and judges batch / P pictures, and
 # DistributedDataParallel averages the gradients in `backward`, so all take the same step.  The
-# losses' denominators count over all ranks (hmr.masked_mean): N ranks learn what one process would
+# losses' denominators count over all ranks (hmr.masked_mean): P ranks learn what one process would
 # from the joined batch, but for batch norm, which sees its own rank's pictures.  Rank 0 alone
 # prints, saves and evaluates.
 
@@ -383,7 +362,12 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 def share_gradients(module: torch.nn.Module) -> torch.nn.Module:
-    return DistributedDataParallel(module) if dist.is_initialized() else module
+    if not dist.is_initialized():
+        return module
+    shared = DistributedDataParallel(module)
+    # buffers are sent once, not each step: SMPL's never change, of batch norm's only rank 0's count
+    shared.broadcast_buffers = False
+    return shared
 
 
 def on_any_rank(condition) -> bool:
@@ -483,6 +467,8 @@ def load_file(path: Path, option: str) -> dict:
 
 
 def refuse_a_used_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file, expected a folder; name another")
     if (out / "checkpoint.pt").exists():
         raise ValueError(f"--out {out}: holds a run already; go on with it by --resume --out {out}"
                          f", or name another folder")
@@ -500,8 +486,9 @@ def load_checkpoint(path: Path, option: str) -> dict:
                          f"checkpoint written by train.py")
     unknown = set(checkpoint["config"]) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
-        raise ValueError(f"{option} {path}: holds the unknown settings {', '.join(unknown)}; it "
-                         f"was written by another version of train.py")
+        raise ValueError(f"{option} {path}: holds the unknown settings "
+                         f"{', '.join(sorted(unknown))}; it was written by another version of "
+                         f"train.py")
     return checkpoint
 
 
@@ -526,8 +513,7 @@ def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
 def load_state(checkpoint: dict, state: dict) -> tuple[int, float]:
     """Fill model, discriminators and optimisers -> (step, seconds) reached."""
     check_body(checkpoint, state["model"].smpl)
-    for name, part in state.items():
-        part.load_state_dict(checkpoint[name])
+    fill(state, checkpoint)
     if rank_and_ranks()[0] > 0:             # these are rank 0's random numbers; others begin anew
         return checkpoint["step"], checkpoint["seconds"]
     torch.set_rng_state(checkpoint["rng"]["cpu"])
@@ -541,9 +527,17 @@ def restore(checkpoint: dict, config: Config) -> tuple[HMR, torch.nn.Module]:
     smpl = SMPL(config.smpl or None).to(config.device)
     check_body(checkpoint, smpl)
     model, D, _ = build(config, smpl, checkpoint)
-    model.load_state_dict(checkpoint["model"])
-    D.load_state_dict(checkpoint["discriminator"])
+    fill({"model": model, "discriminator": D}, checkpoint)
     return model.eval(), D
+
+
+def fill(parts: dict, checkpoint: dict) -> None:
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (RuntimeError, ValueError, KeyError):
+        raise ValueError(f"the checkpoint's {name} does not fit its own settings; it was written "
+                         f"by another version of train.py") from None
 
 
 def check_body(checkpoint: dict, smpl: SMPL) -> None:
@@ -567,7 +561,7 @@ class Log:
         rows = [",".join(self.COLUMNS)]
         if start and self.path.exists():        # a run that died after its last checkpoint: rewind
             rows += [row for row in self.path.read_text().split("\n")[1:]
-                     if row and int(row.split(",")[0]) <= start]
+                     if row.count(",") == len(self.COLUMNS) - 1 and int(row.split(",")[0]) <= start]
         self.rows = "\n".join(rows) + "\n"      # written with the first line, not before
         print("".join(f"{name:>10s}" for name in self.COLUMNS))
         self.begun = self.line_begun = time.perf_counter()
@@ -623,7 +617,8 @@ def finish(model: HMR, D: torch.nn.Module, shown: Batch, log: Log) -> dict:
     save_png(out / "picture.png", overlays(model, shown))
     metrics = evaluate(model, config, torch.device(config.device), D if config.adv else None)
     metrics |= {"seconds": seconds, "images": config.steps * config.batch,
-                "device": device_name(config.device), "seed": config.seed,
+                "device": device_name(config.device), "torch": torch.__version__,
+                "seed": config.seed,
                 "config": dataclasses.asdict(config) | {"lr_used": log.lr}}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     print_table(metrics)
@@ -632,18 +627,18 @@ def finish(model: HMR, D: torch.nn.Module, shown: Batch, log: Log) -> dict:
     return metrics
 
 
-COLUMNS = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
+MEASURES = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
            ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"), ("outside", "outside %"),
            ("mocap", "mocap deg"), ("beta3", "beta>3 %"))
 
 
 def print_table(metrics: dict) -> None:
-    print("held-out clips" + "".join(f"{title:>12s}" for _, title in COLUMNS))
+    print("held-out clips" + "".join(f"{title:>12s}" for _, title in MEASURES))
     rows = [("Theta-bar", metrics["baseline"])]
     rows += [(f"iteration {t + 1}", m) for t, m in enumerate(metrics["per_iteration"])]
     for name, row in [*rows, ("truth", metrics["truth"])]:
-        print(f"{name:14s}" + "".join(f"{row[key]:12.1f}" for key, _ in COLUMNS))
-    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in COLUMNS[:4]]     # errors
+        print(f"{name:14s}" + "".join(f"{row[key]:12.1f}" for key, _ in MEASURES))
+    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in MEASURES[:4]]     # errors
     print(f"{'% of Theta-bar':14s}" + "".join(f"{s:12.0f}" for s in share))
     for side, heads in metrics.get("heads", {}).items():
         print(f"D's {len(heads)} outputs on {side}: min {min(heads):.2f}, median "
@@ -654,6 +649,34 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads, " + torch.backends.cpu.get_cpu_capability()
+
+
+# How monstrous are bodies?  For --ablate, but every run measures it.
+
+# degrees: draw_poses' noise moves a recorded rotation by 12 or less, 1,999 times in 2,000
+RANGE = 20.0
+
+
+def recorded_rotations(config: Config, device) -> Tensor:
+    """The training clips' frames and their mirror images -> (F, 23, 9), without root."""
+    pose = load_mocap(config.upright, held_out=False)                 # (frames, 24, 3)
+    pose = torch.cat([pose, mirror_pose(pose)])[:, 1:].to(device)     # (F, 23, 3)
+    return batch_rodrigues(pose).flatten(2)                           # (F, 23, 9)
+
+
+def monstrosity(body: HMROutput, recorded: Tensor) -> dict[str, Tensor]:
+    """How far bodies are from any that motion capture has seen; `recorded` (F, 23, 9).
+
+    outside (B, 23): 100 where a joint's rotation is over 20 degrees from each that was recorded of
+    this joint (held-out clips: 1 in 100); mocap (B,): degrees to the nearest recorded pose, mean
+    over joints; beta3 (B, 10): 100 where |beta| > 3 standard deviations.  The root is free.
+    """
+    rotmats = body.rotmats[:, 1:].flatten(2)                          # (B, 23, 9)
+    # the angle of A^T B, from its trace = the sum of the products of A's and B's elements
+    cosine = (torch.einsum("bjk,fjk->bfj", rotmats, recorded) - 1) / 2            # (B, F, 23)
+    angle = cosine.clamp(-1, 1).acos().rad2deg()                      # (B, F, 23)
+    return {"outside": 100.0 * (angle.amin(1) > RANGE), "mocap": angle.mean(2).amin(1),
+            "beta3": 100.0 * (body.betas.abs() > 3)}
 
 
 # --bench: what each part of a step costs, on top of the encoder that any such network pays for.
@@ -677,7 +700,7 @@ def bench_steps(config: Config, smpl: SMPL, device) -> dict:
     model.train(), D.train()
     E, judge = share_gradients(model), share_gradients(D)
     n, numbers = config.iterations * world.batch_size, itertools.count()
-    fixed = world.batch(0), world.motion(n, 0)
+    fixed, without_D = (world.batch(0), world.motion(n, 0)), dataclasses.replace(config, adv=False)
 
     def descend(optimizer, loss):
         optimizer.zero_grad()
@@ -697,12 +720,7 @@ def bench_steps(config: Config, smpl: SMPL, device) -> dict:
             out = feature if stage == 0 else torch.cat(model.regressor(feature))
             return descend(opt_E, out.square().mean())
         if stage == 2:
-            _, pred = E(image)
-            return descend(opt_E, config.weight_kp * keypoint_loss(
-                pred.keypoints2d, batch.keypoints2d, batch.visible) + config.weight_joints *
-                joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d) +
-                config.weight_smpl * smpl_loss(pred.rotmats, pred.betas, batch.rotmats,
-                                               batch.betas, batch.has_smpl))
+            return train_step(E, judge, opt_E, opt_D, batch, None, without_D)
         train_step(E, judge, opt_E, opt_D, batch, motion, config)
     return {name: functools.partial(step, stage) for stage, name in enumerate(STAGES)}
 
@@ -902,19 +920,19 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
     one goes on.  Raises ValueError.
     """
     variants, kind = (ABLATION, "ablation") if args.ablate else (NETWORKS, "degradation")
-    names = list(variants) if args.variants is None else args.variants.split(",")
+    names = list(dict.fromkeys(args.variants.split(","))) if args.variants else list(variants)
     for name in names:
         if name not in variants:
             raise ValueError(f"--variants {args.variants}: {name!r} is none of the variants "
                              f"{', '.join(variants)}")
-    for name in set(given) & set().union(*variants.values()):
+    for name in sorted(set(given) & set().union(*variants.values())):
         raise ValueError(f"{flags_of(name)[0]}: the variants differ in it; leave it out")
     if rank_and_ranks()[1] > 1:
         raise ValueError("--ablate and --degradation run in one process; start them by python, not "
                          "by torchrun")
     if args.seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {args.seeds}")
-    out, first = Path(given["out"]), given.get("seed", 0)
+    out, first, names_in_order = Path(given["out"]), given.get("seed", 0), list(variants)
 
     def config_of_run(name: str, seed: int) -> Config:
         return make_config(given | {"seed": seed, "out": str(out / f"{name}_seed{seed}")},
@@ -922,9 +940,11 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
 
     def finished() -> dict[tuple[str, int], Config]:
         """The folder's runs, earlier calls' included, in the variants' order."""
-        found = [(name, int(path.parent.name.rpartition("_seed")[2])) for name in variants
-                 for path in sorted(out.glob(f"{name}_seed[0-9]*/metrics.json"))]
-        return {run: config_of_run(*run) for run in found}
+        runs = (path.parent.name.rpartition("_seed") for path in out.glob("*_seed*/metrics.json"))
+        found = sorted((names_in_order.index(name), int(seed)) for name, _, seed in runs
+                       if name in names_in_order and seed.isdecimal())
+        return {(names_in_order[i], seed): config_of_run(names_in_order[i], seed)
+                for i, seed in found}
     wanted = [(name, seed) for seed in range(first, first + args.seeds) for name in names]
     for config in [config_of_run(*run) for run in wanted] + list(finished().values()):
         require_same_settings(config)
@@ -939,11 +959,10 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
             train_or_go_on(config_of_run(*run))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("with the same options as before") from None
-        if run != missing[-1]:
-            TABLES[kind](out, finished())       # what there is so far
+        TABLES[kind](out, finished())           # what there is so far
     TABLES[kind](out, finished())
     FIGURES[kind](out, finished())
-    print("\n" + (out / f"{kind}.md").read_text() + f"\nwritten to {out}")
+    print("\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}")
 
 
 def require_same_settings(config: Config) -> None:
@@ -965,7 +984,15 @@ def require_same_settings(config: Config) -> None:
 
 
 def load_metrics(config: Config) -> dict:
-    return json.loads((Path(config.out) / "metrics.json").read_text())
+    path = Path(config.out) / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text())
+    except ValueError:
+        metrics = {}
+    if not {"config", "truth", "baseline", "per_iteration", "seconds"} <= set(metrics):
+        raise ValueError(f"{path}: not the numbers of a finished run; delete it, and the run's "
+                         f"checkpoint will be measured again")
+    return metrics
 
 
 def train_or_go_on(config: Config) -> None:
@@ -978,6 +1005,8 @@ def train_or_go_on(config: Config) -> None:
 
 
 def mean_std(values: list[float], form: str = ".1f") -> str:
+    if any(map(math.isnan, values)):
+        return ""                               # a run without discriminators has no heads
     mean = f"{statistics.mean(values):{form}}"
     return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
 
@@ -989,10 +1018,12 @@ def markdown(title: list[str], rows: list[list[str]]) -> str:
 
 def heading(what: str, configs: dict) -> str:
     """Where the numbers come from; the spread is the sample standard deviation over seeds."""
-    c, m = next((c, load_metrics(c)) for c in configs.values())
-    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, networks of width "
-            f"{c.width}, seeds {', '.join(map(str, sorted({k for _, k in configs})))}; mean "
-            f"± standard deviation over seeds. {m['device']}, torch {torch.__version__}.\n\n")
+    c, seeds = next(iter(configs.values())), sorted({seed for _, seed in configs})
+    where = sorted({f"{m['device']}, torch {m['torch']}" for m in map(load_metrics,
+                                                                     configs.values())})
+    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, ResNet-{c.depth} of "
+            f"width {c.width}, seeds {', '.join(map(str, seeds))}; mean ± standard deviation "
+            f"where a row has several. {'; '.join(where)}.\n\n")
 
 
 def write_csv(path: Path, rows: list[list]) -> None:
@@ -1004,7 +1035,7 @@ def write_csv(path: Path, rows: list[list]) -> None:
 def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
     """ablation.csv: a row for every run and body (the truth, Theta-bar, each iteration);
     ablation.md: means over seeds of the variants, and of the iterations."""
-    keys, titles = zip(*COLUMNS)
+    keys, titles = zip(*MEASURES)
     rows, groups = [], {}                       # groups: (variant, body) -> its rows over seeds
     for (name, seed), config in configs.items():
         metrics = load_metrics(config)
@@ -1035,7 +1066,7 @@ def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
         alone = [line("T = 1, trained alone", ("T=1", "iteration 1"), len(keys) + 1)] \
             if "T=1" in T else []
         text += "\n" + markdown(["paired+adv", *titles], [*steps, *alone])
-    write_atomically(out / "ablation.md", text.replace("nan", "").encode())
+    write_atomically(out / "ablation.md", text.encode())
 
 
 @torch.no_grad()
@@ -1078,16 +1109,12 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
     batch = training_world(config, model.smpl, device).batch(config.steps)
 
     def gradient() -> float:
-        _, pred = model.train()(batch.image)
-        loss = config.weight_kp * keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
-        loss = loss + config.weight_joints * joints3d_loss(pred.keypoints3d, batch.keypoints3d,
-                                                           batch.has_3d)
-        loss = loss + config.weight_smpl * smpl_loss(pred.rotmats, pred.betas, batch.rotmats,
-                                                     batch.betas, batch.has_smpl)
-        return torch.autograd.grad(loss, model.encoder.conv1.weight)[0].norm().item()
+        still = torch.optim.SGD(model.parameters(), 0.0)              # a step of length 0
+        train_step(model.train(), None, still, None, batch, None, config)         # adv is off
+        return model.encoder.conv1.weight.grad.norm().item()
     before, responses = gradient(), []
     checkpoint = load_checkpoint(Path(config.out) / "checkpoint.pt", "--out")
-    model.load_state_dict(checkpoint["model"])
+    fill({"model": model}, checkpoint)
     for name, layer in model.encoder.named_modules():
         if name.startswith("layer") and name.rpartition(".")[2] in ("bn1", "bn2"):
             layer.register_forward_hook(lambda _, i, y: responses.append(y.float().std().item()))
@@ -1147,37 +1174,36 @@ TABLES = {"ablation": ablation_tables, "degradation": degradation_tables}
 FIGURES = {"ablation": ablation_figures, "degradation": degradation_figure}
 
 
-def pick_device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 def small_preset(given: dict, degradation: bool = False) -> dict:
     """--small's changes, printed; fewer steps where there is no GPU."""
-    preset = SMALL | (DEGRADATION if degradation else {})
+    preset = with_gpu = SMALL | (DEGRADATION if degradation else {})
     if given["device"] == "cpu":
-        preset |= SMALL_CPU | (DEGRADATION_CPU if degradation else {})
+        preset = preset | SMALL_CPU | (DEGRADATION_CPU if degradation else {})
     shown = {name: value for name, value in (preset | given).items()
              if value != getattr(Config, name) and name not in ("device", "out")}
     print("--small changes:", ", ".join(f"{n} {getattr(Config, n)} -> {v}"
                                         for n, v in shown.items()))
-    if given["device"] == "cpu":
-        print("no GPU:", ", ".join(f"{n} {preset[n]} instead of {SMALL[n]}" for n in SMALL_CPU
-                                   if n not in given))
+    fewer = [f"{n} {preset[n]} instead of {with_gpu[n]}" for n in SMALL_CPU if n not in given]
+    if given["device"] == "cpu" and fewer:
+        print("no GPU:", ", ".join(fewer))
     return preset
 
 
 def config_of(checkpoint: dict, given: dict, allowed: set[str], option: str) -> Config:
     """A checkpoint's own settings on this machine's device; only `allowed` flags may differ."""
-    for name in set(given) - allowed - {"device", "out"}:
-        raise ValueError(f"--{name.replace('_', '-')}: {option} keeps the run's own settings; "
-                         f"leave it out")
+    for name in sorted(set(given) - allowed - {"device", "out"}):
+        raise ValueError(f"{flags_of(name)[0]}: {option} keeps the run's own settings; leave it "
+                         f"out")
     return make_config(given, checkpoint["config"])
 
 
 def run(argv: list[str] | None) -> None:
     given, args = parse(argv)
-    given["device"] = pick_device(given.get("device", "auto"))
+    if given.setdefault("device", "auto") == "auto":
+        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     join_the_ranks(given["device"])
+    if args.eval and args.small:
+        raise ValueError("--small: --eval keeps the run's own settings; leave it out")
     if args.eval:
         checkpoint = load_checkpoint(args.eval, "--eval")
         config = config_of(checkpoint, given, {"smpl", "eval_pictures"}, "--eval")
@@ -1185,6 +1211,8 @@ def run(argv: list[str] | None) -> None:
         print_table(evaluate(model, config, torch.device(config.device), D if config.adv else None))
     elif args.bench:
         rounds = given.pop("steps", 20 if args.bench == "step" else 5)
+        if rounds < 1:
+            raise ValueError(f"--steps {rounds}: expected at least 1 round of --bench")
         given = {"pretrained": "none"} | given                        # as dear, and no download
         config = make_config(given, small_preset(given) if args.small else {})
         if not config.adv or config.supervise == "all":
