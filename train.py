@@ -3,7 +3,7 @@
 Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
 
     python train.py --small --overfit --steps 100   # a minute on a laptop: is one batch learnt?
-    python train.py --small                         # under 20 minutes on two CPU cores
+    python train.py --small                         # about 11 minutes on two CPU cores
     python train.py --eval runs/small/checkpoint.pt # the table again
     python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
     python train.py --resume --out runs/small       # go on after Ctrl-C
@@ -110,7 +110,7 @@ class Config:
     eval_pictures: int = option(512, "pictures of held-out motion at the end")
 
 
-# --small: printed as a diff from the above.  2 million small pictures (192,000 without a GPU)
+# --small: printed as a diff from the above.  2 million small pictures (128,000 without a GPU)
 # instead of 43 million: learning rates a hundred times larger, annealed (E's to D's still 1:10); no
 # dropout (nothing is seen twice); joints and rotations weigh more against the adversary, and it
 # less against the 2D; 6D rotations have no seam that a body turning round must jump over (these
@@ -119,7 +119,7 @@ SMALL = dict(depth=18, width=32, size=64, look="plain", upright=True, dropout=0.
              pretrained="none", rotation="6d", weight_joints=300.0, weight_smpl=120.0,
              weight_adv=0.25, lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", batch=256,
              steps=8_000)
-SMALL_CPU = dict(size=48, batch=64, steps=3_000)                      # without a GPU
+SMALL_CPU = dict(size=48, batch=64, steps=2_000)                      # without a GPU
 
 
 # --------------------------------------------------------------------------------------------
