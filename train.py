@@ -1021,8 +1021,8 @@ def heading(what: str, configs: dict) -> str:
     c, seeds = next(iter(configs.values())), sorted({seed for _, seed in configs})
     where = sorted({f"{m['device']}, torch {m['torch']}" for m in map(load_metrics,
                                                                      configs.values())})
-    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, ResNet-{c.depth} of "
-            f"width {c.width}, seeds {', '.join(map(str, seeds))}; mean ± standard deviation "
+    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, networks of width "
+            f"{c.width}, seeds {', '.join(map(str, seeds))}; mean ± standard deviation "
             f"where a row has several. {'; '.join(where)}.\n\n")
 
 
