@@ -3,7 +3,7 @@
 Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
 
     python train.py --small --overfit --steps 100   # a minute on a laptop: is one batch learnt?
-    python train.py --small                         # about 12 minutes on two CPU cores
+    python train.py --small                         # about 10 minutes on two CPU cores
     python train.py --eval runs/small/checkpoint.pt # the table again
     python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
     python train.py --resume --out runs/small       # go on after Ctrl-C
