@@ -23,7 +23,6 @@ import io
 import math
 import os
 import pickle
-import statistics
 import sys
 import tempfile
 import time
@@ -662,27 +661,35 @@ def _bench(device: torch.device) -> None:
             inputs = [torch.randn(B, 10, device=device), batch_rodrigues(
                 0.3 * torch.randn(B, 24, 3, device=device))]
             for backward in (False, True):
-                a, b, c = (1000 * t for t in _medians(ways, inputs, backward, 7 if B > 64 else 15))
+                inputs = [x.detach().requires_grad_(backward) for x in inputs]
+                seconds = in_turn({way: partial(_once, way, inputs, backward) for way in ways},
+                                  7 if B > 64 else 15, device)
+                a, b, c = (1000 * times.median().item() for times in seconds.values())
                 print(f"{n:7d} {B:4d}  {'f + b' if backward else 'forward'} {a:14.2f} {b:10.2f} "
                       f"{a / b:6.1f} {c:19.2f} {a / c:6.1f}", flush=True)
     torch.set_num_threads(threads)
 
 
-def _medians(ways, inputs: list[Tensor], backward: bool, repeats: int) -> list[float]:
-    inputs = [x.clone().requires_grad_(backward) for x in inputs]
-    seconds = [[] for _ in ways]
-    for _ in range(repeats + 2):
-        for way, times in zip(ways, seconds):
-            begun = time.perf_counter()
-            with torch.set_grad_enabled(backward):
-                out = [x for x in way(*inputs) if x is not None]
-            if backward:                        # a gradient arrives at everything that came out
-                torch.autograd.grad(out, inputs, [torch.ones(x.shape, device=x.device)
-                                                  for x in out])
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-    return [statistics.median(times[2:]) for times in seconds]
+def _once(way, inputs: list[Tensor], backward: bool) -> None:
+    with torch.set_grad_enabled(backward):
+        out = [x for x in way(*inputs) if x is not None]
+    if backward:                                # a gradient arrives at everything that came out
+        torch.autograd.grad(out, inputs, [torch.ones(x.shape, device=x.device) for x in out])
+
+
+def in_turn(ways: dict, rounds: int, device: torch.device) -> dict[str, Tensor]:
+    """Seconds (rounds,) of each named function, all in turn so that drift hits them alike."""
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds + 2):                                       # two rounds to warm up
+        for name, run_once in ways.items():
+            begun = clock()
+            run_once()
+            seconds[name].append(clock() - begun)
+    return {name: torch.tensor(s[2:], dtype=torch.float64) for name, s in seconds.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,7 +47,7 @@ from data import (Batch, SyntheticPeople, compare, draw_chart, load_mocap, look_
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, WholeDiscriminator, center_hips,
                  discriminator_loss, encoder_adversarial_loss, joints3d_loss, keypoint_loss,
                  pose_to_rotmats, smpl_loss, split_theta)
-from smpl import SMPL, batch_rodrigues, exit_status, write_atomically
+from smpl import SMPL, batch_rodrigues, exit_status, in_turn, write_atomically
 
 # --------------------------------------------------------------------------------------------
 # 1. Hyperparameters.  Losses, batch, steps and rates are the official do_train.sh's (the official
@@ -736,21 +736,6 @@ def bench_inference(config: Config, smpl: SMPL, device, B: int) -> dict:
                 model.regressor(model.encode(image))[-1], vertices=True)}
 
 
-def in_turn(variants: dict, rounds: int, device) -> dict[str, Tensor]:
-    """Seconds (rounds,) of each variant, all in turn so that drift hits them alike."""
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-    seconds = {name: [] for name in variants}
-    for _ in range(rounds + 2):                                       # two rounds to warm up
-        for name, run_once in variants.items():
-            begun = clock()
-            run_once()
-            seconds[name].append(clock() - begun)
-    return {name: torch.tensor(s[2:], dtype=torch.float64) for name, s in seconds.items()}
-
-
 def print_costs(seconds: dict[str, Tensor], pictures: int) -> None:
     (first, *_), (*_, last) = seconds.values(), seconds.values()
     before = 0.0
@@ -960,7 +945,8 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("with the same options as before") from None
         TABLES[kind](out, finished())           # what there is so far
-    TABLES[kind](out, finished())
+    if not missing:
+        TABLES[kind](out, finished())
     FIGURES[kind](out, finished())
     print("\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}")
 
