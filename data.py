@@ -16,6 +16,7 @@ mirroring a picture is exactly x -> -x.
 """
 
 import argparse
+import functools
 import io
 import math
 import sys
@@ -60,6 +61,16 @@ def _randint(high: int, n: int, rng: torch.Generator, device) -> Tensor:
     return torch.randint(high, (n,), generator=rng, device=rng.device).to(device)
 
 
+@functools.cache
+def constant(values: tuple, device: torch.device | str) -> Tensor:
+    """Numbers that never change, copied to the device ONCE.
+
+    A list as an index, or `new_tensor`, is copied on every call, and the program then waits until
+    a GPU has finished all that was asked of it before.
+    """
+    return torch.tensor(values, device=device)
+
+
 def load_mocap(upright: bool, held_out: bool, path: str | Path = MOCAP) -> Tensor:
     """Frames of the training or the held-out clips -> (N, 24, 3) axis-angle, SMPL's y-up frame."""
     if not Path(path).is_file():
@@ -85,7 +96,8 @@ def mirror_pose(pose: Tensor) -> Tensor:
     The root's rotation is mirrored too (the official docstring says it is left alone; its sign
     table flips it).
     """
-    return pose[..., FLIP_JOINTS, :] * pose.new_tensor([1, -1, -1])
+    swapped = pose.index_select(-2, constant(FLIP_JOINTS, pose.device))           # (..., 24, 3)
+    return swapped * constant((1, -1, -1), pose.device)
 
 
 def draw_poses(frames: Tensor, n: int, rng: torch.Generator, mix: bool = True) -> Tensor:
@@ -106,7 +118,8 @@ def draw_poses(frames: Tensor, n: int, rng: torch.Generator, mix: bool = True) -
         return pose
     for limb in LIMBS:
         other = _rand((n, 1, 1), rng, frames.device) < 0.3
-        pose[:, limb] = torch.where(other, frame()[:, limb], pose[:, limb])
+        joints = constant(limb, frames.device)                        # (2 to 5,)
+        pose[:, joints] = torch.where(other, frame()[:, joints], pose[:, joints])
     noise = 0.05 * _randn((n, 24, 3), rng, frames.device)              # radians, about 3 degrees
     return pose + noise
 
@@ -118,6 +131,9 @@ def draw_poses(frames: Tensor, n: int, rng: torch.Generator, mix: bool = True) -
 # all bodies are listed in one go; each pair whose pixel centre is inside its triangle bids for the
 # pixel with an integer whose high bits are the depth and whose low bits are the triangle's number,
 # and one scatter-min finds every pixel's winner.
+#
+# Lists whose length depends on the data make the program wait for a GPU, here four times a batch
+# (nonzero, repeat_interleave).  Nothing else in a training step does, until a log line.
 
 DEPTH_RANGE = 8.0           # metres in front of and behind the body's origin
 
@@ -213,19 +229,19 @@ def render(vertices: Tensor, faces: Tensor, cam: Tensor, size: int, color: Tenso
     corner = (faces[f] + b[:, None] * V).flatten()                    # (3P,)
 
     def at_corners(values):                                           # (B, V, C) -> (P, 3, C)
-        return values.reshape(B * V, -1).index_select(0, corner).view(len(f), 3, -1)
+        return values.flatten(0, 1).index_select(0, corner).view(len(f), 3, values.shape[2])
     # Barycentric coordinates of the pixel's centre: areas of the sub-triangles.
     center = torch.stack([col + 0.5, row + 0.5], -1)                  # (P, 2)
     x, y = (at_corners((points[..., :2] + 1) * (size / 2)) - center[:, None]).unbind(-1)  # (P, 3)
-    nxt, prv = [1, 2, 0], [2, 0, 1]
-    w = x[:, nxt] * y[:, prv] - x[:, prv] * y[:, nxt]                 # (P, 3)
+    # of corner k: its next and previous ones are k + 1 and k - 1, so roll by -1 and by 1
+    w = x.roll(-1, 1) * y.roll(1, 1) - x.roll(1, 1) * y.roll(-1, 1)   # (P, 3)
     w = (w / w.sum(1, keepdim=True))[:, None]                         # (P, 1, 3)
     normal = F.normalize((w @ at_corners(vertex_normals(vertices, faces)))[:, 0], dim=-1)  # (P, 3)
     if light is None:                       # over the viewer's left shoulder; y is down
         light = vertices.new_tensor([[-0.4, -0.5, -0.77]]).expand(B, 3)
     shade = 0.35 + 0.65 * (normal * light[b]).sum(-1, keepdim=True).clamp(min=0)      # (P, 1)
     if pattern is not None:
-        shade = shade * (w @ at_corners(pattern))[:, 0]
+        shade = shade * (w @ at_corners(pattern[..., None]))[:, 0]
     surface = color[f] if color.ndim == 2 else color[b, f]            # (P, 3)
     image = background.permute(0, 2, 3, 1).contiguous()               # (B, H, W, 3) channels last
     image = image.index_put((b, row, col), (surface * shade).clamp(0, 1))
@@ -260,6 +276,10 @@ SUIT = {
     (17,): (0.1, 0.2, 0.85), (19,): (0.2, 0.8, 0.95),                                # right arm
     (20, 22): (0.95, 0.4, 0.75), (21, 23): (0.45, 0.45, 1.0),                        # hands
     (12, 15): (0.90, 0.68, 0.55), (HAIR,): (0.22, 0.14, 0.08)}
+
+# What covers each part in look "hard": 0 skin, 1 hair, 2 shirt, 3 trousers, 4 shoes, 5 the shirt's
+# sleeves or skin, 6 the trousers' legs or skin.
+CLOTHES = (3, 3, 3, 2, 6, 6, 2, 4, 4, 2, 4, 4, 0, 2, 2, 0, 2, 2, 5, 5, 0, 0, 0, 0, 2, 1)
 
 
 def face_parts(smpl: SMPL) -> Tensor:
@@ -345,7 +365,7 @@ class SyntheticPeople:
         turn[:, 1] = 2 * math.pi * _rand((B,), rng, self.device)
         tilt = math.radians(5) * _randn((B, 3), rng, self.device)
         tilt[:, 1] = 0                                                # heading is uniform already
-        flip = batch_rodrigues(turn.new_tensor([math.pi, 0, 0]))      # Rx(pi)
+        flip = batch_rodrigues(constant((math.pi, 0, 0), self.device))            # Rx(pi)
         return flip @ batch_rodrigues(tilt) @ batch_rodrigues(turn)
 
     def _cameras(self, keypoints: Tensor, rng: torch.Generator) -> Tensor:
@@ -367,7 +387,7 @@ class SyntheticPeople:
         def rand(*shape):
             return _rand(shape, rng, self.device)
         # light from the camera's side, mostly from above (y is down)
-        light = 0.6 * _randn((B, 3), rng, self.device) + cam.new_tensor([0, -0.5, -1])
+        light = 0.6 * _randn((B, 3), rng, self.device) + constant((0, -0.5, -1), self.device)
         light = F.normalize(light, dim=-1)                            # (B, 3)
         pattern = None
         if self.look == "plain":
@@ -392,17 +412,13 @@ class SyntheticPeople:
     def _clothes(self, rand) -> Tensor:
         """Colours of the 26 parts (B, 26, 3): skin, hair, shirt, trousers, shoes; sleeves vary."""
         B = self.batch_size
-        skin = (0.25 + 0.75 * rand(B, 1)) * self.suit.new_tensor([1.0, 0.78, 0.66])       # (B, 3)
+        skin = (0.25 + 0.75 * rand(B, 1)) * constant((1.0, 0.78, 0.66), self.device)      # (B, 3)
         hair, shirt, trousers, shoes = (rand(B, 3) ** p for p in (3.0, 1.0, 1.0, 2.0))
-        table = skin[:, None].repeat(1, PARTS, 1)                     # (B, 26, 3)
-        table[:, HAIR] = hair
-        table[:, [3, 6, 9, 13, 14, 16, 17, TORSO_BACK]] = shirt[:, None]
-        table[:, [0, 1, 2]] = trousers[:, None]
-        table[:, [7, 8, 10, 11]] = shoes[:, None]
-        long_sleeves, long_trousers = rand(2, B, 1, 1) < 0.5
-        table[:, [18, 19]] = torch.where(long_sleeves, shirt[:, None], table[:, [18, 19]])
-        table[:, [4, 5]] = torch.where(long_trousers, trousers[:, None], table[:, [4, 5]])
-        return table
+        long_sleeves, long_trousers = rand(2, B, 1) < 0.5             # (B, 1) each
+        forearms = torch.where(long_sleeves, shirt, skin)             # (B, 3)
+        calves = torch.where(long_trousers, trousers, skin)           # (B, 3)
+        worn = torch.stack([skin, hair, shirt, trousers, shoes, forearms, calves], 1)   # (B, 7, 3)
+        return worn.index_select(1, constant(CLOTHES, self.device))            # (B, 26, 3)
 
 
 def smooth_noise(grid: Tensor, size: int) -> Tensor:

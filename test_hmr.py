@@ -27,6 +27,8 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import hmr
@@ -1038,6 +1040,10 @@ def test_the_nearer_triangle_wins_and_nothing_is_drawn_outside():
     assert (face[:, :4] < 2).all() and (face[:, 4:] >= 2).all(), "z is AWAY from the camera"
     assert (face >= 0).all(), "a crack between two triangles"
     assert (data.rasterize(points + torch.tensor([9.0, 0, 0]), faces, 8) < 0).all()
+    empty, pattern = torch.rand(1, 3, 8, 8), torch.ones(1, 8)
+    image = data.render(points, faces, torch.tensor([[1.0, 9, 0]]), 8, torch.ones(4, 3), empty,
+                        pattern=pattern)
+    assert torch.equal(image, empty), "a camera that looks past the body must not be an error"
 
 
 def test_rendering_uses_exactly_the_camera_of_the_loss(body):
@@ -1576,6 +1582,57 @@ def test_several_processes_share_the_batch_evenly(monkeypatch):
     for batch in (10, 4):
         with pytest.raises(ValueError, match="--batch .* multiple of the 4 processes"):
             train.make_config({"batch": batch}, {})
+
+
+class HostTraffic(TorchDispatchMode):
+    """Names the operations that make the program wait for a GPU, or send it numbers."""
+    WAITS = ("_local_scalar_dense", "nonzero", "repeat_interleave", "equal")  # results on the host
+    COPIES = ("lift_fresh",)                      # of numbers written in Python: lists, new_tensor
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        devices = {x.device.type for x in tensors if x.ndim}          # a number may come along
+        name = operation.overloadpacket.__name__
+        if len(devices) > 1 or name in self.WAITS + self.COPIES:
+            self.found.append(name)
+        return result
+
+
+@pytest.mark.parametrize("look", ["plain", "hard"])
+def test_only_the_renderer_waits_for_the_gpu(look, body, monkeypatch):
+    """On "meta": a step asks for all its work at once, and a GPU is never left idle by the host."""
+    # "meta" has no random generators
+    monkeypatch.setattr(data.SyntheticPeople, "generator", lambda *_, **__: None)
+    for name, draw in (("_rand", torch.rand), ("_randn", torch.randn)):
+        monkeypatch.setattr(data, name, lambda shape, rng, device, f=draw: f(shape, device=device))
+    monkeypatch.setattr(data, "_randint", lambda high, n, rng, device:
+                        torch.randint(high, (n,), device=device))
+    config = train.make_config({"size": 32, "batch": 4, "width": 8, "look": look}, train.SMALL)
+    model = HMR(SMPL(), 18, 3, 8, "light", rotation="6d").to("meta")
+    D = Discriminator().to("meta")
+    world = data.SyntheticPeople(model.smpl, data.load_mocap(True, False), 4, 32, look,
+                                 device="meta")
+    players = [torch.optim.SGD(net.parameters(), 1e-3) for net in (model, D)]
+
+    def step():
+        train.train_step(model, D, *players, world.batch(0), world.motion(12, 0), config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "render", lambda vertices, *_: torch.zeros(4, 3, 32, 32, device="meta"))
+        step()                                     # the first time, constants are copied
+        with HostTraffic() as host:
+            step()
+    assert host.found == [], "waits or copies in every step: an index list? new_tensor? .item()?"
+    people = data.SyntheticPeople(body, data.load_mocap(True, False), 4, 32, look)
+    people.batch(0)
+    with HostTraffic() as host:
+        people.batch(1)
+    assert sorted(host.found) == ["nonzero"] * 3 + ["repeat_interleave"], "more waits than before"
 
 
 def test_the_bench_times_the_loop_that_trains(tmp_path, body, capsys, monkeypatch):
