@@ -132,8 +132,8 @@ def draw_poses(frames: Tensor, n: int, rng: torch.Generator, mix: bool = True) -
 # pixel with an integer whose high bits are the depth and whose low bits are the triangle's number,
 # and one scatter-min finds every pixel's winner.
 #
-# Lists whose length depends on the data make the program wait for a GPU, here four times a batch
-# (nonzero, repeat_interleave).  Nothing else in a training step does, until a log line.
+# Lists whose length depends on the data make the program wait for a GPU, here in four places a
+# batch (nonzero, repeat_interleave).  Nothing else in a training step does, until a log line.
 
 DEPTH_RANGE = 8.0           # metres in front of and behind the body's origin
 

@@ -136,7 +136,9 @@ def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
     # its joint lands on the posed joint.  Forgetting "- G_R J" explodes the body.
     t = posed - (G_R @ joints[..., None])[..., 0]                     # (B, 24, 3)
     A = torch.cat([G_R, t[..., None]], -1)                            # (B, 24, 3, 4)
-    return posed, nn.functional.pad(A, (0, 0, 0, 1)) + A.new_tensor([0, 0, 0, 1.0]).diag()
+    A = nn.functional.pad(A, (0, 0, 0, 1))                            # (B, 24, 4, 4)
+    A[..., 3, 3] = 1
+    return posed, A
 
 
 def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, posedirs: Tensor,
@@ -369,11 +371,15 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 
 def exit_status(program: str, run: Callable[[], None]) -> int:
-    """Run a command; bad input (ValueError, OSError) becomes one sentence and exit status 2."""
+    """Run a command; bad input (ValueError, OSError), a full GPU: one sentence, exit status 2."""
     try:
         run()
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"{program}: the GPU's memory is full; free it, or make --batch or --size smaller",
+              file=sys.stderr)
         return 2
     return 0
 
@@ -646,6 +652,7 @@ def _textbook(smpl: SMPL, posedirs: Tensor, betas: Tensor, rotmats: Tensor) -> S
 
 def _bench(device: torch.device) -> None:
     """Milliseconds, medians; the three ways take turns, so that their ratios are of one moment."""
+    torch.set_float32_matmul_precision("highest")                     # as in train.py
     with tempfile.TemporaryDirectory() as folder:
         _official_sized(Path(folder) / "random.npz")
         smpl = SMPL(Path(folder) / "random.npz").to(device)

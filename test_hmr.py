@@ -1471,7 +1471,7 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, capsys):
         log.write("6" + ",0" * 11 + "\n")
     stopped = weights_of(tmp_path / "parts")
     torch.save(stopped | {"seconds": 1000.0}, tmp_path / "parts" / "checkpoint.pt")
-    assert train.main(["--resume", "--out", parts]) == 0
+    assert train.main(["--resume", "--out", parts, "--device", "cpu"]) == 0
     assert weights_of(tmp_path / "parts")["seconds"] > 1000, "the clock must go on"
     a, b = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     for key in ("model", "discriminator", "opt_E", "opt_D", "rng", "step"):
@@ -1569,7 +1569,7 @@ def test_torchrun_trains_and_one_process_goes_on(tmp_path):
     done = subprocess.run([*torchrun, "--batch", "4"], env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("loss_E") == 1, "rank 0 alone prints"
-    assert train.main(["--resume", "--out", out, "--steps", "3"]) == 0
+    assert train.main(["--resume", "--out", out, "--steps", "3", "--device", "cpu"]) == 0
     rows = (tmp_path / "run" / "log.csv").read_text().split()
     assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
     assert weights_of(tmp_path / "run")["opt_E"]["state"][0]["step"] == 3, "Adam starts again?"
@@ -1842,6 +1842,20 @@ def test_every_demo_reports_bad_input_in_a_sentence(tmp_path, monkeypatch, capsy
         assert main([]) == 2, name
         error = capsys.readouterr().err
         assert error.startswith(f"{name}: ") and "absent.npz" in error and error.count("\n") == 1
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert smpl_module.exit_status("train.py", full) == 2 and "--batch" in capsys.readouterr().err
+
+
+def test_products_are_float32_even_where_the_machine_allows_tf32(tmp_path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")        # as NVIDIA's containers have it
+        assert train.main(["--eval", str(tmp_path / "absent.pt")]) == 2
+        assert torch.get_float32_matmul_precision() == "highest", "SMPL would be off by 1 mm"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_importing_runs_nothing():

@@ -97,8 +97,8 @@ class Config:
     lr_d: float = option(1e-4, "of the discriminators, Adam (Sec. 3.4: ten times E's)")
     schedule: str = option("constant", "onecycle: warm up, then anneal to 0 (ours)",
                            ("constant", "onecycle"))
-    amp: str = option("auto", "bf16 in the encoder: where the hardware has it natively, or never",
-                      ("auto", "off"))
+    amp: str = option("auto", "bf16 in the encoder: where the hardware has it natively, or never "
+                              "(a GPU's convolutions may then round to TF32)", ("auto", "off"))
     overfit: bool = option(False, "train on ONE batch: L_kp, L_joints, L_smpl must fall to 0")
     # the run
     seed: int = option(0, "of initialisation and training pictures; not of the evaluation's")
@@ -227,7 +227,9 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
                 save_state(log, state, step + 1, numbers[0].item())
             if stop:
                 raise KeyboardInterrupt(f"--resume --out {out}")
-    return finish(model, D, shown, log) if rank == 0 else {}
+    metrics = finish(model, D, shown, log) if rank == 0 else {}
+    on_any_rank(False)                                                # all leave together
+    return metrics
 
 
 # --------------------------------------------------------------------------------------------
@@ -500,7 +502,7 @@ def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
     if rank_and_ranks()[0] > 0:
         return
     smpl, rng = state["model"].smpl, {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if log.config.device == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state()
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {"step": step, "seconds": log.seconds(), "rng": rng, "lr": log.lr,
@@ -1185,6 +1187,7 @@ def config_of(checkpoint: dict, given: dict, allowed: set[str], option: str) -> 
 
 def run(argv: list[str] | None) -> None:
     given, args = parse(argv)
+    torch.set_float32_matmul_precision("highest")    # some containers allow TF32: 1 mm in a body
     if given.setdefault("device", "auto") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     join_the_ranks(given["device"])
