@@ -37,8 +37,8 @@ from smpl import SMPL, batch_rodrigues, exit_status, rot6d_to_rotmat
 #
 # The paper and official code use ResNet-50 v2 (pre-activation).  The slides, SPIN and most later
 # work use the post-activation network below, with torchvision's parameter names so that its
-# ImageNet weights load.  BatchNorm keeps torch's momentum of 0.1 for its running statistics; the
-# official code's decay of 0.997 would be 0.003, for runs a hundred times longer than --small.
+# ImageNet weights load.  BatchNorm keeps torch's momentum of 0.1 for its running statistics;
+# the official code's decay of 0.997 would be 0.003, too slow for --small's 2,000 steps.
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -51,8 +51,9 @@ class BasicBlock(nn.Module):
     """slides: two 3x3 convolutions, y = F(x) + x (18 and 34 layers)."""
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, plain: bool, v1: bool):
-        super().__init__()                           # v1 concerns bottlenecks only
+    def __init__(self, inputs: int, width: int, stride: int, plain: bool,
+                 stride_on_1x1: bool):
+        super().__init__()                           # stride_on_1x1 concerns bottlenecks only
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, padding=1, bias=False)
@@ -72,13 +73,15 @@ class Bottleneck(nn.Module):
     """slides: 1x1 down, 3x3, 1x1 up to 4 * width (50, 101 and 152 layers)."""
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, plain: bool, v1: bool):
+    def __init__(self, inputs: int, width: int, stride: int, plain: bool,
+                 stride_on_1x1: bool):
         super().__init__()
-        # He et al. put a stage's stride into the first 1x1 ("v1"); torchvision into the 3x3
-        # ("v1.5": slightly better and a little dearer), and its weights expect it there.
-        self.conv1 = nn.Conv2d(inputs, width, 1, stride if v1 else 1, bias=False)
+        # He et al. put a stage's stride into the first 1x1; torchvision into the 3x3 (slightly
+        # better and a little dearer, "v1.5"), and its weights expect it there.
+        on_1x1, on_3x3 = (stride, 1) if stride_on_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(inputs, width, 1, on_1x1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1 if v1 else stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, on_3x3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
@@ -105,8 +108,9 @@ def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
 def join(x: Tensor, residual: Tensor, projection: nn.Module | None, plain: bool) -> Tensor:
     """slides: y = F(x, {W_i}) + x.  Then the ReLU: it comes AFTER the addition in ResNet v1.
 
-    With zero weights in F a residual block is the identity (its input is non-negative, being a
-    ReLU's output), which a plain block would have to learn: the slides' constructed solution.
+    slides: a block that is to compute H(x) learns only F(x) := H(x) - x.  With zero weights in F it
+    is the identity (its input is non-negative, being a ReLU's output), which a plain block would
+    have to learn: the slides' constructed solution.
     """
     if plain:
         return F.relu(residual)
@@ -118,12 +122,13 @@ class ResNet(nn.Module):
 
     depth 18|34|50|101|152; width 64 in the paper; stem "imagenet" (7x7/2 and 3x3/2 max-pool) or
     "light" (3x3/2 and max-pool, for small pictures); plain: no shortcuts, the slides' degrading
-    network; num_classes: add torchvision's classifier `fc`, output (B, num_classes); v1: stride
-    on the 1x1 convolutions as in He et al. (bottlenecks only).
+    network; num_classes: add torchvision's classifier `fc`, output (B, num_classes);
+    stride_on_1x1: as in He et al. (bottlenecks only).
     """
 
     def __init__(self, depth: int = 50, width: int = 64, stem: str = "imagenet",
-                 plain: bool = False, num_classes: int | None = None, v1: bool = False):
+                 plain: bool = False, num_classes: int | None = None,
+                 stride_on_1x1: bool = False):
         super().__init__()
         if depth not in RESNETS:
             raise ValueError(f"depth must be one of {sorted(RESNETS)}, got {depth}")
@@ -139,7 +144,7 @@ class ResNet(nn.Module):
             outputs, units = width * 2 ** stage, []
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1    # conv2_x follows the pool: no stride
-                units.append(block(channels, outputs, stride, plain, v1))
+                units.append(block(channels, outputs, stride, plain, stride_on_1x1))
                 channels = outputs * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*units))
         self.feature_dim = channels
@@ -182,6 +187,7 @@ def pose_to_rotmats(pose: Tensor) -> Tensor:
 def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
     """Theta-bar, where IEF starts: scale 0.9, a mean pose, upright, average shape -> (1, 85).
 
+    (1, 157) with rotation "6d", which makes every Theta below that long.
     mean_pose (72,) in SMPL's frame.  Upright in a y-down camera means root = Rx(pi); all three
     numbers of the root are set, as in the official code, which takes pose and shape from a file
     of mean parameters; here the pose is the body file's `mean_pose` and the shape is 0.
@@ -198,7 +204,7 @@ class Regressor(nn.Module):
     """feature (B, C) -> [Theta_1 .. Theta_T], each (B, 85).
 
     Sec. 3.4: [phi, Theta] -> FC 1024 -> FC 1024 -> FC 85, "a dropout layer in between": the
-    official code has one after both hidden layers, each after a ReLU.  SPIN lost these ReLUs.
+    official code has one after each hidden layer's ReLU.  SPIN lost these ReLUs.
     3,321,941 parameters for C = 2048.  Theta-bar is a buffer; the official code trains it, so its
     released mean differs from its own start (the paper does not mention this).
     """
@@ -315,10 +321,7 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     What the mask hides must still be finite (fill missing labels with 0 or -1, not with NaN).
     """
     mask = mask.to(error.dtype).expand_as(error)
-    count = mask.sum()
-    if dist.is_initialized():     # several processes (torchrun): DDP averages their gradients, so
-        dist.all_reduce(count)    # over their MEAN count each loss gives the joined batch's mean
-        count /= dist.get_world_size()
+    count = mean_over_processes(mask.sum())                           # () of one process: as it is
     return (error * mask).sum() / torch.where(count > 0, count, torch.ones_like(count))
 
 
@@ -438,6 +441,8 @@ def sum_heads(error: Tensor) -> Tensor:
 def encoder_adversarial_loss(fake: Tensor) -> Tensor:
     """L_adv(E) = sum_i E[(D_i(E(I)) - 1)^2]: D's outputs on predictions (N, 25) -> ().
 
+    E(I) is the Theta predicted from image I; its "error" (slides) is D's verdict on it, and through
+    that verdict the gradient reaches E.  D itself is held fixed here and learns by Eq. (8) alone.
     N = B*T, so that every iteration weighs 1/T (the slides, read literally, add the T iterations
     up: T times more).
     """
@@ -453,7 +458,16 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 # ============================================================================================
-# Not needed to understand HMR: the demo.
+# Not needed to understand HMR: several processes, the demo.
+
+def mean_over_processes(count: Tensor) -> Tensor:
+    """A count () under torchrun -> its mean over the processes.  DistributedDataParallel averages
+    gradients, so that over their MEAN count each loss gives the joined batch's gradient."""
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        count /= dist.get_world_size()
+    return count
+
 
 def count_multiply_adds(network: ResNet, size: int = 224) -> int:
     """Multiply-adds of one picture through the convolutions and the classifier."""
@@ -483,11 +497,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _demo() -> None:
     torch.manual_seed(0)
-    print("slides' table, 1e9 multiply-adds at 224 px:  v1 stride | torchvision's | slides")
+    print("slides' table, 1e9 multiply-adds at 224 px: stride on 1x1 | torchvision's | slides")
     for depth, slides in zip(RESNETS, (1.8, 3.6, 3.8, 7.6, 11.3)):
-        v1, ours = (count_multiply_adds(ResNet(depth, num_classes=1000, v1=v)) / 1e9
-                    for v in (True, False))
-        print(f"  ResNet-{depth:<4d} {v1:36.2f} | {ours:13.2f} | {slides}")
+        slides_way, ours = (count_multiply_adds(ResNet(depth, num_classes=1000, stride_on_1x1=way))
+                            / 1e9 for way in (True, False))
+        print(f"  ResNet-{depth:<4d} {slides_way:48.2f} | {ours:13.2f} | {slides}")
     model, D = HMR(SMPL()).eval(), Discriminator()
     with torch.no_grad():
         thetas, out = model(torch.rand(2, 3, 224, 224))

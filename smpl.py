@@ -23,6 +23,7 @@ import io
 import math
 import os
 import pickle
+import re
 import sys
 import tempfile
 import time
@@ -371,14 +372,16 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 
 def exit_status(program: str, run: Callable[[], None]) -> int:
-    """Run a command; bad input (ValueError, OSError), a full GPU: one sentence, exit status 2."""
+    """Run a command; bad input (ValueError, OSError), full memory: one sentence, exit status 2."""
     try:
         run()
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print(f"{program}: the GPU's memory is full; free it, or make --batch or --size smaller",
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):            # GPU's, CPU's
+            raise
+        print(f"{program}: the memory is full; free some, or make --batch or --size smaller",
               file=sys.stderr)
         return 2
     return 0
@@ -415,9 +418,13 @@ def _reconstructor(cls, base, state):
     return cls()
 
 
+class _Refused(Exception):
+    """The file is not broken: it wants something done that no body file needs."""
+
+
 def _latin1(text, encoding="latin1"):
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
+        raise _Refused(f"it asks for the codec {encoding!r}")
     return text.encode("latin1")
 
 
@@ -444,12 +451,12 @@ class _BodyUnpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise _Refused(f"it asks for {module}.{name}")
         return self.KNOWN[module, name]
 
     def load_build(self):           # else a file could set attributes of the functions above
         if not isinstance(self.stack[-2], _StandIn):
-            raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-2]).__name__}")
+            raise _Refused(f"it sets the state of a {type(self.stack[-2]).__name__}")
         super().load_build()
 
     # A bytearray is allocated before it is read, bytes are not.
@@ -532,7 +539,7 @@ def _read_raw(path: Path) -> dict:
         raw = _BodyUnpickler(io.BytesIO(content), encoding="latin1").load()
         if isinstance(raw, dict):
             return {key: _plain(value) for key, value in raw.items() if key in _KEYS + _OWN_KEYS}
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise ValueError(f"{path}: refused, {error}; an official SMPL .pkl needs nothing of the "
                          f"kind, get that file") from None
     except Exception as error:
@@ -706,6 +713,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bench", action="store_true",
                         help="milliseconds of a body of the official size, against the textbook")
     args = parser.parse_args(argv)
+    if args.bench and args.smpl:
+        parser.error("--bench times a random body of the official size; leave --smpl out")
     if args.bench:
         return exit_status("smpl.py", lambda: _bench(torch.device(
             "cuda" if torch.cuda.is_available() else "cpu")))

@@ -441,8 +441,9 @@ def test_without_hmrs_regressor_keypoints_are_approximate(tmp_path, capsys):
     out = model(torch.zeros(1, 10), torch.zeros(1, 72))
     kp = dict(zip(KEYPOINT_NAMES, out.keypoints[0]))
     close(kp["left_wrist"], out.joints[0, 20], 1e-5, "limbs are the skeleton's joints")
-    close(kp["left_eye"], model.v_template[2800], 1e-6, "0-based 2800; the paper says 2801")
-    close(kp["right_ear"], model.v_template[4071], 1e-6, "0-based 4071")
+    for name, vertex in (("nose", 332), ("left_eye", 2800), ("right_eye", 6260), ("left_ear", 583),
+                         ("right_ear", 4071)):
+        close(kp[name], model.v_template[vertex], 1e-6, f"{name}: the paper counts from 1")
     assert kp["head_top"][1] == model.v_template[:, 1].max()
 
 
@@ -496,7 +497,7 @@ FORGED_DTYPE = (b"cnumpy\ndtype\n(S'V8'\nI0\nI1\ntR(I3\nS'|'\nN(S'a'\nt(dS'a'\n(
     ("a chumpy array that holds itself", b"(dp0\nS'v_template'\ncchumpy.ch\nCh\n(tRp1\n(dS'x'\ng1\n"
      b"sbs.", "neither"),
     ("an extension code", b"\x80\x02\x82\x01.", "neither"),
-    ("a persistent id", b"Pabc\n.", "refused")])
+    ("a persistent id", b"Pabc\n.", "neither")])
 def test_a_hostile_pickle_takes_nothing(tmp_path, name, content, sentence):
     path = tmp_path / "evil.pkl"
     path.write_bytes(content)
@@ -579,7 +580,7 @@ def test_multiply_adds_are_the_slides():
     table = {18: 1.8, 34: 3.6, 50: 3.8, 101: 7.6, 152: 11.3}                     # slides, 1e9
     for depth, slides in table.items():
         with torch.device("meta"):
-            network = ResNet(depth, num_classes=1000, v1=True)
+            network = ResNet(depth, num_classes=1000, stride_on_1x1=True)
         count = hmr.count_multiply_adds(network) / 1e9
         assert abs(count / slides - 1) < 0.03, f"ResNet-{depth}: {count:.2f}e9, slides {slides}e9"
     with torch.device("meta"):
@@ -629,6 +630,18 @@ def test_the_regressor_is_the_papers():
     assert regressor.fc1.in_features == 2133, "[phi 2048 | Theta 85]"
     bound = regressor.fc3.weight.abs().max().item()
     assert 0.0073 < bound <= 0.0073555, f"last layer within {bound:.4g}: xavier with gain 0.1"
+    for layer in (regressor.fc1, regressor.fc2):
+        assert within_xavier(layer.weight) and not layer.bias.any()
+
+
+def within_xavier(weight: Tensor) -> bool:
+    """Uniform within +- sqrt(6 / (inputs + outputs)), and reaching out that far."""
+    return 0.5 < weight.abs().max() / math.sqrt(6 / sum(weight.shape)) <= 1
+
+
+def test_convolutions_keep_the_variance_past_a_relu():
+    weight = ResNet(18).layer2[0].conv1.weight                        # (128, 64, 3, 3)
+    close(weight.std() / math.sqrt(2 / (128 * 9)), 1.0, 0.02, "He: by the outputs (64 more inputs)")
 
 
 def test_the_regressor_equals_a_hand_written_loop():
@@ -682,6 +695,8 @@ def test_theta_bar_is_upright_average_and_fixed(body):
     assert theta.shape == (1, 85) and not theta.requires_grad
     close(theta[0, :6], torch.tensor([0.9, 0, 0, math.pi, 0, 0]), 1e-6, "scale .9, root Rx(pi)")
     assert (theta[0, 75:] == 0).all(), "average shape"
+    close(hmr.mean_theta(torch.ones(72))[0, 3:9], torch.tensor([math.pi, 0, 0, 1, 1, 1]), 1e-6,
+          "all three numbers of the root are set, whatever the mean pose holds")
     out = model.decode(theta)
     kp = dict(zip(KEYPOINT_NAMES, out.keypoints2d[0]))
     assert kp["head_top"][1] < kp["left_ankle"][1], "upside down: y of the camera points DOWN"
@@ -849,6 +864,10 @@ def test_there_are_25_discriminators():
     assert D(torch.randn(4, 23, 3, 3), torch.randn(4, 10)).shape == (4, 25)
     with pytest.raises(ValueError, match="root left out"):
         D(torch.randn(4, 24, 3, 3), torch.randn(4, 10))
+    for layer in D.children():
+        assert within_xavier(layer.weight) and not layer.bias.any()
+    assert within_xavier(D.joint_weight[:1]) and not D.joint_bias.any(), "23 layers of 32 -> 1"
+    assert D.joint_weight.abs().max() <= math.sqrt(6 / 33)
 
 
 def test_the_23_joint_heads_are_23_separate_linears():
@@ -990,6 +1009,25 @@ def test_pictures_and_the_pool_draw_from_one_distribution():
     # 512 draws: the mean of an element with standard deviation <= 0.7 is within 0.03, 4 sigma
     close(pool.mean(0), batch.rotmats[:, 1:].mean(0), 0.18, "else D learns to reject true labels")
     close(betas.std(0), batch.betas.std(0), 0.25, "betas too")
+
+
+def test_half_of_all_poses_are_mirrored():
+    frame = torch.randn(1, 24, 3)
+    drawn = data.draw_poses(frame, 1000, torch.Generator().manual_seed(0), mix=False)
+    mirrored = (drawn == data.mirror_pose(frame)).all(2).all(1)
+    assert (mirrored | (drawn == frame).all(2).all(1)).all()
+    close(mirrored.float().mean(), 0.5, 0.064, "half, within four standard deviations")
+
+
+def test_cameras_are_the_official_crop_and_its_jitter(body):
+    world = data.SyntheticPeople(body, data.load_mocap(True, False), 512, 2, labels="all")
+    batch = world.batch(0)
+    low, high = (f(batch.keypoints3d[..., :2], 1) for f in (torch.amin, torch.amax))    # (B, 2)
+    diagonal, middle = (high - low).norm(dim=1), (low + high) / 2
+    zoom = batch.cam[:, 0] * diagonal * 112 / 150                     # the crop is 224 pixels
+    assert 0.8 <= zoom.min() < 0.81 and 1.22 < zoom.max() < 1.2301, "diagonal 150 px x 0.8 to 1.23"
+    shift = (batch.cam[:, 1:] + middle) * (150 / diagonal)[:, None]
+    assert 19.5 < shift.max() < 20.001 and -20.001 < shift.min() < -19.5, "20 px, before the zoom"
 
 
 def test_the_pool_is_fresh_and_mixed_like_the_pictures(monkeypatch):
@@ -1175,10 +1213,17 @@ def test_the_crop_has_the_official_size_and_jitter():
           "the window moves right, the person left, in crop pixels")
     _, zoomed = data.crop_person(image, keypoints, visible, zoom=1.2)
     close(zoomed, 1.2 * points, 1e-5, "zoom is about the crop's centre")
+    _, both = data.crop_person(image, keypoints, visible, shift=(20, 0), zoom=1.2)
+    close(both, 1.2 * moved, 1e-5, "first the shift, then the zoom")
     visible[KEYPOINT_NAMES.index("right_ankle")] = 0
     _, points = data.crop_person(image, keypoints, visible)
     hip, shoulder = (points[KEYPOINT_NAMES.index(f"right_{n}")] for n in ("hip", "shoulder"))
     close((hip - shoulder).norm() * 112, 75.0, 1e-3, "no ankle visible: the torso is 75 px of 224")
+    no_torso = visible.clone()
+    no_torso[KEYPOINT_NAMES.index("right_hip")] = 0
+    _, points = data.crop_person(image, keypoints, no_torso)
+    elbow, shoulder = (points[KEYPOINT_NAMES.index(n)] for n in ("left_elbow", "right_shoulder"))
+    close((elbow - shoulder).norm() * 112, 50.0, 1e-3, "neither ankle nor torso: the box is 50 px")
     crop, _ = data.crop_person(image, keypoints, visible, shift=(-500, 0))
     assert crop[:, :, 0].std() > 0 and torch.equal(crop[:, :, 0], crop[:, :, 50]), \
         "beyond the picture its edge is repeated, not black"
@@ -1354,6 +1399,7 @@ def test_the_loop_gives_every_loss_and_optimiser_its_own(monkeypatch, tmp_path):
     for optimizer, rate in zip(seen["adam"], (config.lr_scratch, config.lr_d)):
         (group,) = optimizer.param_groups
         assert group["weight_decay"] == 0, "the official weight decay is never read"
+        assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8, "Adam's usual numbers"
         close(group["lr"], rate * train.lr_factor(1, config), 1e-12, "E and D: own rate, one cycle")
 
 
@@ -1673,6 +1719,10 @@ def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys
     (out / "log.csv").write_text("mine")
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save({"a": 1}, tmp_path / "other.pt")
+    torch.save({1: 2}, tmp_path / "numbers.pt")
+    torch.save({key: {"size": "a"} for key in ("model", "discriminator", "opt_E", "opt_D", "config",
+                                               "step", "body", "rng", "seconds", "lr")},
+               tmp_path / "types.pt")
     small = ["--small", "--device", "cpu"]
     for arguments, sentence in [
             ([*small, "--out", str(out)], "--resume"),
@@ -1686,6 +1736,15 @@ def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys
              "Not a directory"),
             ([*small, "--dropout", "1.5", "--out", str(tmp_path / "x")], "--dropout"),
             ([*small, "--smpl", "absent.pkl", "--out", str(tmp_path / "y")], "absent.pkl"),
+            ([*small, "--lr", "1", "--out", str(tmp_path / "y")], "--lr-scratch"),
+            ([*small, "--lr-scratch", "inf", "--out", str(tmp_path / "y")], "2^63"),
+            ([*small, "--out", ""], "--out"),
+            (["--eval", str(tmp_path)], "a folder"),
+            (["--eval", str(tmp_path / "numbers.pt")], "by name"),
+            (["--eval", str(tmp_path / "types.pt")], "types"),
+            (["--degradation", "--adv", "--out", str(tmp_path / "y")], "without the adversary"),
+            (["--ablate", "--variants", "", "--out", str(tmp_path / "y")], "none of the variants"),
+            (["--ablate", "--seeds", "10000000", "--out", str(tmp_path / "y")], "--seeds"),
             ([*small, "--pretrained", str(tmp_path / "other.pt"), "--out", str(tmp_path / "z")],
              "--pretrained")]:
         assert train.main(arguments) == 2, arguments
@@ -1821,6 +1880,12 @@ def test_imagenet_weights_load_into_the_encoder(tmp_path):
     assert torch.equal(encoder.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
 
 
+def test_the_learning_rate_depends_on_pretrained_weights(tmp_path, body):
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
+    for pretrained, rate in ((str(tmp_path / "resnet18.pth"), 1e-5), ("none", 1e-4)):
+        assert train.build(train.Config(depth=18, pretrained=pretrained), body)[2] == rate
+
+
 def test_the_learning_rate_rises_and_anneals():
     config = train.Config(schedule="onecycle", steps=100)
     rates = [train.lr_factor(s, config) for s in range(100)]
@@ -1833,6 +1898,7 @@ def test_the_defaults_are_the_official_recipe():
     assert (c.depth, c.size, c.batch, c.lr, c.lr_d, c.iterations) == (50, 224, 64, 1e-5, 1e-4, 3)
     assert (c.weight_kp, c.weight_joints, c.weight_smpl, c.weight_adv) == (60, 60, 60, 1)
     assert (c.dropout, c.schedule, c.rotation) == (0.5, "constant", "axis-angle")
+    assert c.steps == 667_589, "the released checkpoint's"
 
 
 def test_every_demo_reports_bad_input_in_a_sentence(tmp_path, monkeypatch, capsys):

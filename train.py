@@ -2,14 +2,14 @@
 
 Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
 
-    python train.py --small --overfit --steps 100   # a minute on a laptop: is one batch learnt?
+    python train.py --small --overfit --steps 150 --out runs/overfit    # is one batch learnt?
     python train.py --small                         # about 10 minutes on two CPU cores
     python train.py --eval runs/small/checkpoint.pt # the table again
-    python train.py                                 # the paper's recipe (ResNet-50, 224 px): days
+    python train.py                                 # official recipe (ResNet-50, 224 px): days
     python train.py --resume --out runs/small       # go on after Ctrl-C
     python train.py --small --ablate                # the paper's claims, one by one: seven runs
     python train.py --degradation                   # the slides' plain and residual networks
-    torchrun --nproc_per_node=2 train.py --small    # two processes share each batch
+    torchrun --nproc_per_node=2 train.py --small --out runs/two   # two processes share each batch
     python train.py --small --bench                 # what each part of a step costs
 
 Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14 = LSP)   V vertices
@@ -75,7 +75,7 @@ class Config:
     smpl: str = option("", "body FILE, .npz or official .pkl (default: the open body)")
     size: int = option(224, "side of the crop, pixels (Sec. 3.4: 224)")
     look: str = option("hard", "how people and backgrounds look (ours)", ("plain", "hard"))
-    upright: bool = option(False, "only the clips in which people stay on their feet (ours)")
+    upright: bool = option(False, "only the clips in which people are mostly upright (ours)")
     paired: bool = option(True, "half of each batch has 3D labels (Sec. 3.4); no: all 2D only, "
                                 "the adversary alone comes close to paired 3D (Fig. 4)")
     # the losses; they only mean something with hmr.py's denominators
@@ -90,20 +90,21 @@ class Config:
     weight_adv: float = option(1.0, "of L_adv (do_train.sh: 1; Eq. (1))")
     # the optimisation; no weight decay: the official flags register one that no loss ever reads
     batch: int = option(64, "pictures a step (Sec. 3.4: 64)")
-    steps: int = option(667_589, "optimiser steps (do_train.sh: 75 epochs of 569,753 / 64; the "
-                                 "paper says 55 epochs)")
+    steps: int = option(667_589, "optimiser steps (the released checkpoint's: do_train.sh's 75 "
+                                 "epochs of 569,753 / 64; the paper says 55)")
     lr: float = option(1e-5, "of encoder and regressor, Adam (Sec. 3.4)")
-    lr_scratch: float = option(1e-4, "instead of lr when there are no ImageNet weights (ours)")
+    lr_scratch: float = option(1e-4, "instead of lr when there are no ImageNet weights (ours; to "
+                                     "the discriminators' it is then 1:1)")
     lr_d: float = option(1e-4, "of the discriminators, Adam (Sec. 3.4: ten times E's)")
     schedule: str = option("constant", "onecycle: warm up, then anneal to 0 (ours)",
                            ("constant", "onecycle"))
     amp: str = option("auto", "bf16 in the encoder: where the hardware has it natively, or never "
                               "(a GPU's convolutions may then round to TF32)", ("auto", "off"))
-    overfit: bool = option(False, "train on ONE batch: L_kp, L_joints, L_smpl must fall to 0")
+    overfit: bool = option(False, "train on ONE batch: L_kp, L_joints, L_smpl must fall far")
     # the run
     seed: int = option(0, "of initialisation and training pictures; not of the evaluation's")
     device: str = option("auto", "cuda where there is one", ("auto", "cpu", "cuda"))
-    out: str = option("", "folder of the run (default: runs/small or runs/full)")
+    out: str = option("", "folder of the run (default: runs/small, full, ablation, degradation)")
     log_every: int = option(50, "steps a log line; its numbers are means over them")
     picture_every: int = option(500, "steps between pictures")
     save_every: int = option(500, "steps between checkpoints")
@@ -111,7 +112,7 @@ class Config:
 
 
 # --small: printed as a diff from the above.  2 million small pictures (128,000 without a GPU)
-# instead of 43 million: learning rates a hundred times larger, annealed (E's to D's still 1:10); no
+# instead of 43 million: learning rates a hundred times the paper's, annealed (still 1:10); no
 # dropout (nothing is seen twice); joints and rotations weigh more against the adversary, and it
 # less against the 2D; 6D rotations have no seam that a body turning round must jump over (these
 # three, and 48 px without a GPU, were ahead in trials of equal length).
@@ -148,18 +149,21 @@ def train_step(E: HMR, judge: torch.nn.Module, opt_E: torch.optim.Optimizer,
                config: Config) -> list[Tensor]:
     """One step of both players, E and the discriminators -> the numbers of a log line, () each.
 
-    E and judge may be wrapped by DistributedDataParallel.  motion: real rotations (N, 23, 3, 3)
-    and betas (N, 10), as many as predictions; None without the adversary.
+    E and judge are the encoder and the discriminators, under torchrun wrapped so that a backward
+    pass averages their gradients over the processes; model and D are the same two, unwrapped, for
+    passes after which nothing is to be averaged.  motion: real rotations (N, 23, 3, 3) and betas
+    (N, 10), as many as predictions; None without the adversary.
     """
     model, D = getattr(E, "module", E), getattr(judge, "module", judge)
-    image = batch.image.contiguous(memory_format=torch.channels_last)
-    thetas, pred = E(image)                                           # T x (B, 85), decoded Theta_T
+    image = batch.image.contiguous(memory_format=torch.channels_last)             # fastest layout
+    thetas, pred = E(image)          # T x (B, 85), or (B, 157) with 6D rotations; decoded Theta_T
     # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
-    _, pose, betas = split_theta(torch.cat(thetas))                   # (N, 72), (N, 10); N = B * T
+    _, pose, betas = split_theta(torch.cat(thetas))         # (N, 72 or 144), (N, 10); N = B * T
     rotmats = pose_to_rotmats(pose)[:, 1:]                            # (N, 23, 3, 3) without root
     if config.supervise == "all":          # not the slides' rule: every t gets the full L, at 1/T
         pred = model.decode(torch.cat(thetas))                        # N bodies, and N labels:
-        batch = Batch(image, *(torch.cat([label] * len(thetas)) for label in batch[1:]))
+        _, *labels = batch                                            # all but the pictures
+        batch = Batch(image, *(torch.cat([label] * len(thetas)) for label in labels))
     real = fake = loss_D = L_adv = betas.new_zeros(())                # they stay 0 without adv
 
     # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]            Eq. (8) --
@@ -176,7 +180,7 @@ def train_step(E: HMR, judge: torch.nn.Module, opt_E: torch.optim.Optimizer,
     L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
     L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas, batch.has_smpl)
     if config.adv:                    # D judges, having learnt first (official code: both at once)
-        D.requires_grad_(False)
+        D.requires_grad_(False)       # L_adv moves E only: spare D's gradients
         L_adv = encoder_adversarial_loss(D(rotmats, betas))
         D.requires_grad_(True)
     L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl          # Eq. (4)
@@ -189,10 +193,10 @@ def train_step(E: HMR, judge: torch.nn.Module, opt_E: torch.optim.Optimizer,
 
 
 def train(config: Config, checkpoint: dict | None = None) -> dict:
-    """Train, from the start or a checkpoint; evaluate; write all to config.out -> metrics.json's.
+    """Train, from the start or a checkpoint; evaluate; write all to the folder config.out.
 
-    Raises ValueError, OSError (used folder, bad file); KeyboardInterrupt(options that go on with
-    the run) once it is saved.
+    Returns what metrics.json holds.  Raises ValueError or OSError (used folder, bad file); after
+    Ctrl-C, once the run is saved, KeyboardInterrupt with the options that go on with it.
     """
     out, device = Path(config.out), torch.device(config.device)
     if not checkpoint:
@@ -200,14 +204,16 @@ def train(config: Config, checkpoint: dict | None = None) -> dict:
     rank, _ = rank_and_ranks()                                        # 0 unless torchrun is used
     torch.manual_seed(config.seed + rank)                             # initialisation and dropout
     smpl = SMPL(config.smpl or None).to(device)
-    model, D, lr = build(config, smpl, checkpoint)
+    model, D, lr = build(config, smpl, checkpoint)      # lr: is there a pretrained encoder or not?
     world = training_world(config, smpl, device)
-    # Adam with its usual betas (fused: one kernel, the same up to rounding); no weight decay
+    # Adam with its usual betas (fused: one kernel, the same up to rounding); no weight decay.
+    # slides: "encoder E" is the image encoder and the 3D module, here ResNet and regressor
     opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
     state = {"model": model, "discriminator": D, "opt_E": opt_E, "opt_D": opt_D}
     start, seconds = load_state(checkpoint, state) if checkpoint else (0, 0.0)
     log = Log(out, config, lr, start, seconds)
+    # four held-out pictures, drawn with their bodies every picture_every steps
     shown = next(evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl, device))
     model.train(), D.train()
     E, judge = share_gradients(model), share_gradients(D)   # under torchrun; else the same objects
@@ -244,6 +250,7 @@ def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     """
     mu_s, mu_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)       # (B, 1, 3)
     s, t = source - mu_s, target - mu_t                               # (B, N, 3)
+    # min over R, scale of |t - scale R s|^2: R from the SVD of t's and s's 3 x 3 covariance
     U, S, Vh = torch.linalg.svd(t.mT @ s)                             # (B, 3, 3), (B, 3), (B, 3, 3)
     sign = torch.ones_like(S)                                         # (B, 3)
     sign[:, 2] = torch.linalg.det(U @ Vh).sign()                      # undo a reflection
@@ -312,7 +319,7 @@ def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = Non
     baseline = model.regressor.theta_bar.clone()                      # (1, 85)
     baseline[:, CAM] = mean_camera(config, model.smpl, device)
     recorded = recorded_rotations(config, device)                     # (F, 23, 9)
-    errors, scores = [[] for _ in range(config.iterations + 2)], []
+    errors, scores = [[] for _ in range(config.iterations + 2)], []   # + truth and Theta-bar
     for batch in evaluation_pictures(config, model.smpl, device):
         body = model.smpl(batch.betas, batch.rotmats)
         true = HMROutput(batch.rotmats, batch.betas, batch.cam, body.joints, body.keypoints,
@@ -328,6 +335,7 @@ def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = Non
     result = {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline,
               "truth": of_truth}
     if D is not None:       # the 25 one by one: which are winning?
+        # step `steps` is one that training never reached: motion that D has not seen
         motion = training_world(config, model.smpl, device).motion(2048, config.steps)
         result["heads"] = {"real": D(*motion).mean(0).tolist(),
                            "fake": torch.cat(scores).mean(0).tolist()}
@@ -340,9 +348,9 @@ def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = Non
 # Several processes: `torchrun --nproc_per_node=P train.py ...` starts P copies of this program, the
 # "ranks", one a GPU (or all on the CPU).  Each draws, encodes and judges batch / P pictures, and
 # DistributedDataParallel averages the gradients in `backward`, so all take the same step.  The
-# losses' denominators count over all ranks (hmr.masked_mean): P ranks learn what one process would
-# from the joined batch, but for batch norm, which sees its own rank's pictures.  Rank 0 alone
-# prints, saves and evaluates.
+# losses' denominators count over all ranks (hmr.mean_over_processes): P ranks learn what one
+# process would from the joined batch, but for batch norm, which sees its own rank's pictures.
+# Rank 0 alone prints, saves and evaluates.
 
 def join_the_ranks(device: str) -> None:
     """Meet the processes that torchrun started; without torchrun, nothing."""
@@ -448,23 +456,25 @@ def load_pretrained(encoder: torch.nn.Module, config: Config) -> bool:
     except RuntimeError as error:
         raise ValueError(f"--pretrained {config.pretrained}: not the weights of a ResNet-"
                          f"{config.depth} of width {config.width}, stem {config.stem}"
-                         f"{', plain' if config.plain else ''}: "
-                         f"{str(error).splitlines()[1].strip()}") from None
+                         f"{', plain' if config.plain else ''} "
+                         f"({str(error).splitlines()[1].strip()[:80]} ..)") from None
     return True
 
 
 def load_file(path: Path, option: str) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{option} {path}: no such file; expected a checkpoint")
+        raise FileNotFoundError(f"{option} {path}: " + (
+            "a folder; name the file in it" if path.is_dir() else
+            "no such file; expected a checkpoint"))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{option} {path}: not a readable checkpoint "
                          f"({type(error).__name__}); it may be truncated or of another "
                          f"program") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{option} {path}: expected a dict of tensors, found "
-                         f"{type(content).__name__}")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{option} {path}: expected a dict of tensors by name, found "
+                         f"{type(content).__name__}; name a checkpoint")
     return content
 
 
@@ -486,7 +496,14 @@ def load_checkpoint(path: Path, option: str) -> dict:
     if missing:
         raise ValueError(f"{option} {path}: lacks {', '.join(sorted(missing))}; expected a "
                          f"checkpoint written by train.py")
-    unknown = set(checkpoint["config"]) - {f.name for f in dataclasses.fields(Config)}
+    types = {f.name: (int, float) if isinstance(f.default, float) else type(f.default)
+             for f in dataclasses.fields(Config)}
+    stored, body = checkpoint["config"], checkpoint["body"]
+    if not (isinstance(stored, dict) and isinstance(body, list) and len(body) == 2
+            and all(isinstance(value, types.get(key, object)) for key, value in stored.items())):
+        raise ValueError(f"{option} {path}: its settings are not of train.py's types; expected a "
+                         f"checkpoint written by train.py")
+    unknown = set(stored) - set(types)
     if unknown:
         raise ValueError(f"{option} {path}: holds the unknown settings "
                          f"{', '.join(sorted(unknown))}; it was written by another version of "
@@ -573,8 +590,10 @@ class Log:
 
     def require_finite(self, loss: float, step: int) -> None:
         if on_any_rank(not math.isfinite(loss)):
-            raise ValueError(f"the losses are no longer finite at step {step + 1}: lower --lr (or "
-                             f"--lr-scratch); {self.path} shows which term grew first")
+            name = "--lr" if self.lr == self.config.lr else "--lr-scratch"
+            raise ValueError(f"the losses are no longer finite at step {step + 1}: lower {name} "
+                             f"{self.lr:g}" + (f"; {self.path} shows which term grew first"
+                                               if self.path.exists() else ""))
 
     def add(self, step: int, values: list[Tensor]) -> None:
         self.values.append(torch.stack([v.detach() for v in values]))    # stays on the device
@@ -840,10 +859,13 @@ def parse(argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
             {"type": type(f.default), "choices": f.metadata["choices"]}
         parser.add_argument(*flags_of(f.name), dest=f.name, default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
+                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+                            .removesuffix(" []"), **kind)
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if hasattr(args, f.name)}
+    if given.get("out") == "":
+        raise ValueError("--out: expected the name of a folder, got none")
     args.experiment = args.ablate or args.degradation
     for option in ("variants", "seeds"):
         if getattr(args, option) is not None and not args.experiment:
@@ -874,7 +896,10 @@ def make_config(given: dict, preset: dict) -> Config:
     for name, least in at_least.items():
         value = getattr(config, name)
         if not least <= value < 2 ** 63:                              # False for NaN too
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least} (and below "
+                             f"2^63), got {value}")
+    if "lr" in given and config.pretrained == "none":
+        raise ValueError("--lr: with --pretrained none the rate is --lr-scratch; set that one")
     _, ranks = rank_and_ranks()
     if config.batch % ranks or config.batch < 2 * ranks:
         raise ValueError(f"--batch {config.batch}: expected a multiple of the {ranks} processes, "
@@ -907,7 +932,7 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
     one goes on.  Raises ValueError.
     """
     variants, kind = (ABLATION, "ablation") if args.ablate else (NETWORKS, "degradation")
-    names = list(dict.fromkeys(args.variants.split(","))) if args.variants else list(variants)
+    names = list(variants if args.variants is None else dict.fromkeys(args.variants.split(",")))
     for name in names:
         if name not in variants:
             raise ValueError(f"--variants {args.variants}: {name!r} is none of the variants "
@@ -917,8 +942,11 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
     if rank_and_ranks()[1] > 1:
         raise ValueError("--ablate and --degradation run in one process; start them by python, not "
                          "by torchrun")
-    if args.seeds < 1:
-        raise ValueError(f"--seeds: expected at least 1, got {args.seeds}")
+    if not 1 <= args.seeds <= 1000:
+        raise ValueError(f"--seeds: expected 1 to 1000, got {args.seeds}")
+    if args.degradation and given.get("adv"):
+        raise ValueError("--adv: --degradation compares one loss, without the adversary; leave it "
+                         "out")
     out, first, names_in_order = Path(given["out"]), given.get("seed", 0), list(variants)
 
     def config_of_run(name: str, seed: int) -> Config:
@@ -933,9 +961,10 @@ def experiment(given: dict, preset: dict, args: argparse.Namespace) -> None:
         return {(names_in_order[i], seed): config_of_run(names_in_order[i], seed)
                 for i, seed in found}
     wanted = [(name, seed) for seed in range(first, first + args.seeds) for name in names]
-    for config in [config_of_run(*run) for run in wanted] + list(finished().values()):
+    done = finished()
+    for config in [config_of_run(*run) for run in wanted] + list(done.values()):
         require_same_settings(config)
-    missing = [run for run in wanted if run not in finished()]
+    missing = [run for run in wanted if run not in done]
     for n, run in enumerate(missing):
         seconds = [load_metrics(config)["seconds"] for config in finished().values()]
         left = (len(missing) - n) * sum(seconds) / max(len(seconds), 1)
@@ -977,7 +1006,8 @@ def load_metrics(config: Config) -> dict:
         metrics = json.loads(path.read_text())
     except ValueError:
         metrics = {}
-    if not {"config", "truth", "baseline", "per_iteration", "seconds"} <= set(metrics):
+    if not (isinstance(metrics, dict) and
+            {"config", "truth", "baseline", "per_iteration", "seconds"} <= set(metrics)):
         raise ValueError(f"{path}: not the numbers of a finished run; delete it, and the run's "
                          f"checkpoint will be measured again")
     return metrics
@@ -1212,6 +1242,9 @@ def run(argv: list[str] | None) -> None:
         checkpoint = load_checkpoint(Path(given["out"]) / "checkpoint.pt", "--resume")
         config = config_of(checkpoint, given, {"smpl", "steps", "log_every", "picture_every",
                                                "save_every", "eval_pictures"}, "--resume")
+        if config.steps == checkpoint["step"] and (Path(given["out"]) / "metrics.json").exists():
+            raise ValueError(f"--resume: the run is finished; measure it again by --eval "
+                             f"{given['out']}/checkpoint.pt, or give it more --steps")
         if config.steps < checkpoint["step"]:
             raise ValueError(f"--steps {config.steps}: the run has already done "
                              f"{checkpoint['step']}")
@@ -1233,7 +1266,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if rank_and_ranks()[0] == 0:
             print(f"\nstopped; saved: go on with  python train.py {stop}" if stop.args else
-                  "\nstopped outside the training loop; a checkpoint, if there was one, is kept",
+                  "\nstopped at once; the last checkpoint, if there was one, is kept",
                   file=sys.stderr)
         return 130
 
