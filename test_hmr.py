@@ -1,6 +1,7 @@
-"""What HMR claims, checked: run `pytest -x` and read the failures as a syllabus, in paper order.
+"""What HMR claims, checked: run `pytest -x` and read the failures as a syllabus.
 
-Every tolerance has its reason beside it; every message says which mistake it suggests.  Oracles
+The order is the paper's, chapter by chapter.  A tolerance that is more than rounding has its reason
+beside it; messages say which mistake to suspect.  Oracles
 are independent of the code: scipy's rotations, torchvision's ResNets, plain Python loops, numbers
 worked out by hand.  No GPU, no network, under three minutes on two cores.
 """
@@ -1006,7 +1007,8 @@ def test_pictures_and_the_pool_draw_from_one_distribution():
     pool, betas = world.motion(512, step=0)
     batch = world.batch(0)
     assert not torch.equal(pool, batch.rotmats[:, 1:]), "the draws must be independent"
-    # 512 draws: the mean of an element with standard deviation <= 0.7 is within 0.03, 4 sigma
+    # of 512 draws, an element's mean has a standard deviation of at most 0.7 / sqrt(512) = 0.031;
+    # of two such means, the difference has 0.044, and 0.18 is four of those
     close(pool.mean(0), batch.rotmats[:, 1:].mean(0), 0.18, "else D learns to reject true labels")
     close(betas.std(0), batch.betas.std(0), 0.25, "betas too")
 
@@ -1616,6 +1618,9 @@ def test_torchrun_trains_and_one_process_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("loss_E") == 1, "rank 0 alone prints"
     assert train.main(["--resume", "--out", out, "--steps", "3", "--device", "cpu"]) == 0
+    measured = (tmp_path / "run" / "metrics.json").read_bytes()
+    assert train.main(["--resume", "--out", out, "--eval-pictures", "2", "--device", "cpu"]) == 2
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == measured, "a finished run stays"
     rows = (tmp_path / "run" / "log.csv").read_text().split()
     assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
     assert weights_of(tmp_path / "run")["opt_E"]["state"][0]["step"] == 3, "Adam starts again?"

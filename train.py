@@ -1007,7 +1007,8 @@ def load_metrics(config: Config) -> dict:
     except ValueError:
         metrics = {}
     if not (isinstance(metrics, dict) and
-            {"config", "truth", "baseline", "per_iteration", "seconds"} <= set(metrics)):
+            {"config", "truth", "baseline", "per_iteration", "seconds", "device",
+             "torch"} <= set(metrics)):
         raise ValueError(f"{path}: not the numbers of a finished run; delete it, and the run's "
                          f"checkpoint will be measured again")
     return metrics
