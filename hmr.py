@@ -321,7 +321,7 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     What the mask hides must still be finite (fill missing labels with 0 or -1, not with NaN).
     """
     mask = mask.to(error.dtype).expand_as(error)
-    count = mean_over_processes(mask.sum())                           # () of one process: as it is
+    count = mean_over_processes(mask.sum())                           # (); under torchrun, of all
     return (error * mask).sum() / torch.where(count > 0, count, torch.ones_like(count))
 
 

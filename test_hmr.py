@@ -1847,12 +1847,15 @@ def test_degradation_measures_four_networks(tmp_path, body):
                                          for s in "12"]
     text = (out / "degradation.md").read_text()
     assert f"| plain-18 | {float(rows[2][3]):.2f} |" in text, "loss of the last 10 % of the steps"
-    (before, after), layers = json.loads((out / "plain-18_seed0" / "probe.json").read_text())
+    kept = out / "plain-18_seed0" / "probe.json"
+    of, (before, after), layers = json.loads(kept.read_text())
     assert before > 0 and after > 0 and before != after
     assert len(layers) == 16, "18 layers less the first and the last are 3x3"
-    assert len(json.loads((out / "ResNet-34_seed0" / "probe.json").read_text())[1]) == 32
+    assert len(json.loads((out / "ResNet-34_seed0" / "probe.json").read_text())[2]) == 32
     checkpoint = weights_of(out / "plain-18_seed0")
     config = train.Config(**checkpoint["config"])
+    kept.write_text(json.dumps([of + 1, [0, 0], []]))
+    assert train.probe(config)[1] == layers, "the numbers of an earlier run in this folder"
     assert config.plain and not config.adv and config.depth == 18
     model, _ = train.restore(checkpoint, config)
     with torch.no_grad():

@@ -93,8 +93,8 @@ class Config:
     steps: int = option(667_589, "optimiser steps (the released checkpoint's: do_train.sh's 75 "
                                  "epochs of 569,753 / 64; the paper says 55)")
     lr: float = option(1e-5, "of encoder and regressor, Adam (Sec. 3.4)")
-    lr_scratch: float = option(1e-4, "instead of lr when there are no ImageNet weights (ours; to "
-                                     "the discriminators' it is then 1:1)")
+    lr_scratch: float = option(1e-4, "instead of lr when there are no ImageNet weights (ours; "
+                                     "1:1 with lr_d then, not 1:10)")
     lr_d: float = option(1e-4, "of the discriminators, Adam (Sec. 3.4: ten times E's)")
     schedule: str = option("constant", "onecycle: warm up, then anneal to 0 (ours)",
                            ("constant", "onecycle"))
@@ -1119,9 +1119,12 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
     """A finished run -> norms of the loss's gradient at the first layer, before and after training
     (on one batch that training did not see); and the standard deviation of each 3x3 layer's
     response after BN, before ReLU and addition, on held-out pictures (He et al., Fig. 7)."""
+    checkpoint = load_checkpoint(Path(config.out) / "checkpoint.pt", "--out")
     kept = Path(config.out) / "probe.json"
     if kept.is_file():
-        return tuple(json.loads(kept.read_text()))
+        of, *result = json.loads(kept.read_text())
+        if of == checkpoint["seconds"]:         # no two runs take equally long
+            return tuple(result)
     device = torch.device(config.device)
     torch.manual_seed(config.seed)              # as `train` begins
     model, _, _ = build(config, SMPL(config.smpl or None).to(device))
@@ -1132,7 +1135,6 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
         train_step(model.train(), None, still, None, batch, None, config)         # adv is off
         return model.encoder.conv1.weight.grad.norm().item()
     before, responses = gradient(), []
-    checkpoint = load_checkpoint(Path(config.out) / "checkpoint.pt", "--out")
     fill({"model": model}, checkpoint)
     for name, layer in model.encoder.named_modules():
         if name.startswith("layer") and name.rpartition(".")[2] in ("bn1", "bn2"):
@@ -1141,7 +1143,7 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
         model.eval()(next(evaluation_pictures(config, model.smpl, device)).image)
     layers = list(responses)                    # the gradient's forward pass appends again
     result = [before, gradient()], layers
-    write_atomically(kept, json.dumps(result).encode())
+    write_atomically(kept, json.dumps([checkpoint["seconds"], *result]).encode())
     return result
 
 
