@@ -455,12 +455,12 @@ def person_scale(keypoints: Tensor, visible: Tensor) -> float:
     ankles, torsos = (0, 5), ((8, 2), (9, 3))                         # (shoulder, hip), both sides
     torso = [float((keypoints[s] - keypoints[h]).norm()) for s, h in torsos
              if visible[s] > 0 and visible[h] > 0]
-    if torso and not any(visible[a] > 0 for a in ankles):
+    cut_off = not any(visible[a] > 0 for a in ankles)
+    if torso and cut_off:
         length, wanted = sum(torso) / len(torso), 75
     else:
         seen = keypoints[visible > 0]
-        length = float((seen.amax(0) - seen.amin(0)).norm())
-        wanted = 150 if any(visible[a] > 0 for a in ankles) else 50
+        length, wanted = float((seen.amax(0) - seen.amin(0)).norm()), 50 if cut_off else 150
     if length < 5:
         raise ValueError(f"cropping needs a person of at least 5 pixels, got {length:.1f}")
     return wanted / length
