@@ -454,6 +454,9 @@ class _BodyUnpickler(pickle._Unpickler):
             raise _Refused(f"it asks for {module}.{name}")
         return self.KNOWN[module, name]
 
+    def persistent_load(self, name):
+        raise _Refused(f"it asks for an object outside the file, {name!r}")
+
     def load_build(self):           # else a file could set attributes of the functions above
         if not isinstance(self.stack[-2], _StandIn):
             raise _Refused(f"it sets the state of a {type(self.stack[-2]).__name__}")

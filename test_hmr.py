@@ -1,9 +1,9 @@
 """What HMR claims, checked: run `pytest -x` and read the failures as a syllabus.
 
 The order is the paper's, chapter by chapter.  A tolerance that is more than rounding has its reason
-beside it; messages say which mistake to suspect.  Oracles
-are independent of the code: scipy's rotations, torchvision's ResNets, plain Python loops, numbers
-worked out by hand.  No GPU, no network, under three minutes on two cores.
+beside it; messages say which mistake to suspect.  Oracles are independent of the code: scipy's
+rotations, torchvision's ResNets, plain Python loops, numbers worked out by hand.  No GPU, no
+network, under three minutes on two cores.
 """
 
 import json
@@ -498,7 +498,9 @@ FORGED_DTYPE = (b"cnumpy\ndtype\n(S'V8'\nI0\nI1\ntR(I3\nS'|'\nN(S'a'\nt(dS'a'\n(
     ("a chumpy array that holds itself", b"(dp0\nS'v_template'\ncchumpy.ch\nCh\n(tRp1\n(dS'x'\ng1\n"
      b"sbs.", "neither"),
     ("an extension code", b"\x80\x02\x82\x01.", "neither"),
-    ("a persistent id", b"Pabc\n.", "neither")])
+    ("a persistent id", b"Pabc\n.", "refused"),
+    ("cut inside a frame", b"\x80\x04\x95\x10\0\0\0\0\0\0\0}", "neither.*truncated"),
+    ("text", b"hello", "neither.*truncated")])
 def test_a_hostile_pickle_takes_nothing(tmp_path, name, content, sentence):
     path = tmp_path / "evil.pkl"
     path.write_bytes(content)
