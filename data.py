@@ -364,8 +364,8 @@ class SyntheticPeople:
         """World to camera (B, 3, 3): turn to any heading, tilt the camera a bit, y up -> down."""
         turn = torch.zeros(B, 3, device=self.device)
         turn[:, 1] = 2 * math.pi * _rand((B,), rng, self.device)
-        tilt = math.radians(5) * _randn((B, 3), rng, self.device)
-        tilt[:, 1] = 0                                                # heading is uniform already
+        # about x and z only: the heading is uniform already
+        tilt = math.radians(5) * _randn((B, 3), rng, self.device) * constant((1, 0, 1), self.device)
         flip = batch_rodrigues(constant((math.pi, 0, 0), self.device))            # Rx(pi)
         return flip @ batch_rodrigues(tilt) @ batch_rodrigues(turn)
 

@@ -312,10 +312,11 @@ def mean_camera(config: Config, smpl: SMPL, device) -> Tensor:
 def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = None) -> dict:
     """All measures on the held-out clips: of each IEF iteration, the baseline and the truth.
 
-    The baseline is Theta-bar under the training world's mean camera: the mean pose, facing us
+    In float32, whatever precision the encoder was trained in.  The baseline is Theta-bar under the training world's mean camera: the mean pose, facing us
     (people face anywhere).  heads: each discriminator's mean on Theta_T and on fresh motion.
     """
     model.eval()                  # batch norm uses its running statistics, dropout is off
+    amp, model.amp = model.amp, None
     baseline = model.regressor.theta_bar.clone()                      # (1, 85)
     baseline[:, CAM] = mean_camera(config, model.smpl, device)
     recorded = recorded_rotations(config, device)                     # (F, 23, 9)
@@ -331,6 +332,7 @@ def evaluate(model: HMR, config: Config, device, D: torch.nn.Module | None = Non
             kept.append(pose_errors(pred, true) | monstrosity(pred, recorded))
         if D is not None:
             scores.append(D(bodies[-1].rotmats[:, 1:], bodies[-1].betas))         # (B, 25)
+    model.amp = amp
     of_truth, of_baseline, *per_iteration = [summarize(e) for e in errors]
     result = {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline,
               "truth": of_truth}
@@ -433,7 +435,12 @@ def build(config: Config, smpl: SMPL,
 def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    # torch before 2.10 or so does not tell: float32 then
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+
+
+def precision(model: HMR) -> str:
+    return "float32" if model.amp is None else "bf16 encoder"
 
 
 def load_pretrained(encoder: torch.nn.Module, config: Config) -> bool:
@@ -492,7 +499,7 @@ def refuse_a_used_folder(out: Path) -> None:
 def load_checkpoint(path: Path, option: str) -> dict:
     checkpoint = load_file(path, option)
     missing = {"model", "discriminator", "opt_E", "opt_D", "config", "step", "body", "rng",
-               "seconds", "lr"} - set(checkpoint)
+               "seconds", "lr", "precision"} - set(checkpoint)
     if missing:
         raise ValueError(f"{option} {path}: lacks {', '.join(sorted(missing))}; expected a "
                          f"checkpoint written by train.py")
@@ -523,6 +530,7 @@ def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
         rng["cuda"] = torch.cuda.get_rng_state()
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {"step": step, "seconds": log.seconds(), "rng": rng, "lr": log.lr,
+                "precision": precision(state["model"]),
                 "config": dataclasses.asdict(log.config), "body": [smpl.name, smpl.sha256]}
     file = io.BytesIO()
     torch.save(content, file)
@@ -638,6 +646,7 @@ def finish(model: HMR, D: torch.nn.Module, shown: Batch, log: Log) -> dict:
     save_png(out / "picture.png", overlays(model, shown))
     metrics = evaluate(model, config, torch.device(config.device), D if config.adv else None)
     metrics |= {"seconds": seconds, "images": config.steps * config.batch,
+                "precision": precision(model),
                 "device": device_name(config.device), "torch": torch.__version__,
                 "seed": config.seed,
                 "config": dataclasses.asdict(config) | {"lr_used": log.lr}}
@@ -654,7 +663,8 @@ MEASURES = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"
 
 
 def print_table(metrics: dict) -> None:
-    print("held-out clips" + "".join(f"{title:>12s}" for _, title in MEASURES))
+    print(f"held-out clips, measured in float32; trained in {metrics['precision']}")
+    print(" " * 14 + "".join(f"{title:>12s}" for _, title in MEASURES))
     rows = [("Theta-bar", metrics["baseline"])]
     rows += [(f"iteration {t + 1}", m) for t, m in enumerate(metrics["per_iteration"])]
     for name, row in [*rows, ("truth", metrics["truth"])]:
@@ -1128,6 +1138,7 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
     device = torch.device(config.device)
     torch.manual_seed(config.seed)              # as `train` begins
     model, _, _ = build(config, SMPL(config.smpl or None).to(device))
+    model.amp = None                            # networks are compared in one precision: float32
     batch = training_world(config, model.smpl, device).batch(config.steps)
 
     def gradient() -> float:
@@ -1220,7 +1231,9 @@ def config_of(checkpoint: dict, given: dict, allowed: set[str], option: str) -> 
 
 def run(argv: list[str] | None) -> None:
     given, args = parse(argv)
-    torch.set_float32_matmul_precision("highest")    # some containers allow TF32: 1 mm in a body
+    # float32 means float32: TF32 would be 1 mm in a body, and is a GPU's default in convolutions
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if given.setdefault("device", "auto") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     join_the_ranks(given["device"])
@@ -1230,7 +1243,8 @@ def run(argv: list[str] | None) -> None:
         checkpoint = load_checkpoint(args.eval, "--eval")
         config = config_of(checkpoint, given, {"smpl", "eval_pictures"}, "--eval")
         model, D = restore(checkpoint, config)
-        print_table(evaluate(model, config, torch.device(config.device), D if config.adv else None))
+        metrics = evaluate(model, config, torch.device(config.device), D if config.adv else None)
+        print_table(metrics | {"precision": checkpoint["precision"]})
     elif args.bench:
         rounds = given.pop("steps", 20 if args.bench == "step" else 5)
         if rounds < 1:
