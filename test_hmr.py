@@ -1295,13 +1295,14 @@ def test_the_measures_on_a_known_error(body):
     close(result["pve"], 0.0, 1e-2, "vertices too")
     close(result["px"], 5.6, 1e-3, "0.05 of [-1, 1] is 5.6 pixels of 224")
     result = train.summarize([train.pose_errors(true, true)])
-    assert result["pck"] == 100 and result["auc"] == 100 and result["px"] == 0
+    assert result["pck"] == 100 and result["px"] == 0
+    close(result["auc"], 100 * 30 / 31, 1e-12, "a perfect body: 0 mm is not below the threshold 0")
     wrist = true.keypoints3d.clone()
     wrist[:, 6, 0] += 0.16                                            # one of 14 joints by 160 mm
     result = train.summarize([train.pose_errors(true._replace(keypoints3d=wrist), true)])
     close(result["mpjpe"], 160 / 14, 1e-3, "mean over 14 joints")
     close(result["pck"], 100 * 13 / 14, 1e-3, "160 mm is beyond 150")
-    close(result["auc"], 100 * 13 / 14, 1e-3, "and beyond every threshold from 0 to 150")
+    close(result["auc"], 100 * 13 / 14 * 30 / 31, 1e-3, "and beyond every threshold from 0 to 150")
 
 
 def test_errors_are_centred_at_the_hips_and_the_thresholds_are_3dhps(body):
@@ -1314,9 +1315,10 @@ def test_errors_are_centred_at_the_hips_and_the_thresholds_are_3dhps(body):
     errors = train.pose_errors(true._replace(keypoints3d=ankle), true)
     close(errors["mpjpe"][:, 0], torch.full((2,), 100.0), 1e-2, "centred at keypoint 0?")
     close(errors["mpjpe"][:, 1:], torch.zeros(2, 13), 1e-2, "only the ankle is off: centre at hips")
-    for mm, n in ((0.0, 31), (2.5, 30), (72.5, 16), (147.5, 1), (150.0, 1), (150.5, 0)):
-        close(train.summarize([{"mpjpe": torch.full((1, 14), mm)}])["auc"], 100 * n / 31, 1e-4,
-              f"{mm} mm is within {n} of the 31 thresholds 0, 5 .. 150")
+    for mm, n in ((0.0, 30), (2.5, 30), (5.0, 29), (72.5, 16), (149.9, 1), (150.0, 0)):
+        result = train.summarize([{"mpjpe": torch.full((1, 14), mm)}])
+        close(result["auc"], 100 * n / 31, 1e-4, f"{mm} mm is below {n} of the 31: 0, 5 .. 150")
+        assert result["pck"] == (100 if n else 0), f"{mm} mm, PCK: strictly below 150 counts"
 
 
 def test_monstrosity_is_0_for_recorded_bodies_and_100_for_absurd_ones(body):
