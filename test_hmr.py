@@ -63,6 +63,28 @@ def precision_of_the_encoder(monkeypatch):
         monkeypatch.setattr(train, "native_bf16", lambda device: FORCED_BF16 == "1")
 
 
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    """What the authors' own code gives (assets/README.md), in float64."""
+    with np.load(HERE / "assets" / "golden.npz", allow_pickle=False) as file:
+        numbers = {key: torch.from_numpy(file[key]).double() for key in file.files}
+    for key in ("body_weights", "body_J_regressor", "body_cocoplus_regressor"):
+        numbers[key] /= 64
+    numbers["step_loss_D"] = numbers["step_loss_D_real"] + numbers["step_loss_D_fake"]
+    numbers["motion"] = (batch_rodrigues(numbers["step_mocap_pose"].view(12, 24, 3))[:, 1:],
+                         numbers["step_mocap_betas"])
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def golden_body(golden, tmp_path_factory) -> SMPL:
+    path = tmp_path_factory.mktemp("golden") / "body.npz"
+    arrays = {key[5:]: golden[key].numpy() for key in golden if key.startswith("body_")}
+    arrays |= {key: arrays[key].astype(np.int64) for key in ("f", "kintree_table")}
+    np.savez(path, mean_pose=golden["step_mean_pose"].numpy(), **arrays)
+    return SMPL(path).double()
+
+
 def close(got, expected, tolerance: float, message: str) -> None:
     got, expected = (torch.as_tensor(x).double() if isinstance(x, Tensor) else
                      torch.tensor(x, dtype=torch.float64) for x in (got, expected))
@@ -123,7 +145,7 @@ def test_rodrigues_is_accurate_in_float32_across_the_switch_to_the_series():
               f"float32 at angle {angle}: 1 - cos(a) cancels; use 2 sin^2(a/2)")
 
 
-def test_rot6d_has_spins_interleaved_layout():
+def test_rot6d_has_spins_interleaved_layout(golden):
     identity, half_turn = torch.tensor([1.0, 0, 0, 1, 0, 0]), torch.tensor([1.0, 0, 0, -1, 0, 0])
     close(rot6d_to_rotmat(identity), torch.eye(3), 0, "[1,0,0,1,0,0] is the identity in SPIN's")
     close(rot6d_to_rotmat(half_turn), torch.diag(torch.tensor([1.0, -1, -1])), 0, "this is Rx(pi)")
@@ -134,6 +156,16 @@ def test_rot6d_has_spins_interleaved_layout():
     close(Q @ Q.mT, torch.eye(3).double().expand(1, 3, 3, 3), 1e-12, "not orthonormal")
     close(torch.linalg.det(Q), torch.ones(1, 3).double(), 1e-12, "a reflection, not a rotation")
     assert gradcheck(rot6d_to_rotmat, (x.requires_grad_(),))
+    R = rot6d_to_rotmat(golden["x6"])
+    close(R, golden["out_x6_interleaved"], 1e-12, "SPIN: the six numbers are a (3, 2) matrix")
+    for reading, whose in (("columns", "4D-Humans'"), ("rows", "pytorch3d's")):
+        off = (R - golden[f"out_x6_{reading}"]).abs().max().item()
+        assert off > 1, f"this is {whose} reading, {reading}, and not SPIN's (apart by {off:.2g})"
+
+
+def test_rotations_are_the_official_codes(golden):
+    # hmr's angle is |r + 1e-8|, so that its axis is no unit vector: both are off by as much
+    close(batch_rodrigues(golden["aa"]), golden["out_R"], 2e-8, "transposed, or wrong near zero?")
 
 
 # ============================================================================================
@@ -267,6 +299,17 @@ def test_the_keypoint_path_equals_the_full_body():
     close(a.joints, b.joints, 1e-6, "joints must not depend on what else is skinned")
     grad = [torch.autograd.grad(o.keypoints.square().sum(), pose)[0] for o in (a, b)]
     close(grad[0], grad[1], 1e-5, "nor may gradients")
+
+
+def test_the_body_is_the_official_codes(golden, golden_body):
+    """Posed skin, joints, keypoints; the keypoints and joints also without the whole skin."""
+    for whole in (True, False):
+        out = golden_body(golden["body_betas"], golden["body_pose"], vertices=whole)
+        for name in ("vertices", "joints", "keypoints")[not whole:]:
+            # hmr's rotations are off by 2e-8, bones and skin are a metre; SMPL's constants are
+            # float32, which holds this body's but for the rest joints' last bits
+            close(getattr(out, name), golden[f"out_body_{name}"], 5e-8, f"{name}, in metres: R "
+                  "transposed, the pose feature's order or - I, keypoints from the unposed skin?")
 
 
 def test_smpl_takes_poses_in_three_forms_and_refuses_others(body):
@@ -674,6 +717,29 @@ def test_the_regressor_equals_a_hand_written_loop():
         close(got, theta, 1e-4, "a ReLU lost, features not first, or not Theta + DeltaTheta?")
 
 
+def golden_networks(golden) -> tuple[Regressor, Discriminator]:
+    """Of parameter p, number k (row by row), c columns: sin(1.7 k + k^2 / 1000 + p) * sqrt(3 / c);
+    of a bias, * 0.1."""
+    E, D = Regressor(8, golden["step_theta_bar"].clone(), 3, dropout=0.0), Discriminator()
+    for first, layers in (([], (E.fc1, E.fc2, E.fc3)),
+                          ([D.joint_weight, D.joint_bias], (D.embed1, D.embed2, D.all1, D.all2,
+                                                            D.all3, D.shape1, D.shape2, D.shape3))):
+        for p, w in enumerate(first + [w for layer in layers for w in (layer.weight, layer.bias)]):
+            k = torch.arange(w.numel(), dtype=torch.float64).view(w.shape)
+            w.data = torch.sin(1.7 * k + k * k / 1000 + p) * (
+                0.1 if w.ndim == 1 else math.sqrt(3 / w.shape[1]))
+    return E, D
+
+
+def test_the_three_thetas_are_the_official_codes(golden):
+    close(hmr.mean_theta(golden["step_mean_pose"]), golden["step_theta_bar"], 1e-7,
+          "Theta-bar = [0.9, 0, 0 | Rx(pi), mean pose | 0]; float32's pi is off by 9e-8")
+    for t, theta in enumerate(golden_networks(golden)[0](golden["step_feature"])):
+        # numbers up to 5, sums of 1,024 terms in another order, three times over: 5e-15 seen
+        close(theta, golden["step_thetas"][t], 1e-12, f"Theta_{t + 1}: a ReLU lost (SPIN's), "
+              "[Theta | phi] for [phi | Theta], or Theta-bar + Delta for Theta_t + Delta?")
+
+
 def test_dropout_follows_both_hidden_layers_with_fresh_masks():
     regressor = Regressor(7, torch.zeros(1, 85), iterations=2, dropout=0.5).train()
     calls = []
@@ -786,7 +852,9 @@ def test_mixed_precision_stays_in_the_encoder(body):
 # ============================================================================================
 # Sec. 3.1, Eq. (2): the camera
 
-def test_projection_is_the_official_codes():
+def test_projection_is_the_official_codes(golden):
+    close(hmr.project(golden["out_body_keypoints"], golden["cam"]), golden["out_projected"], 1e-14,
+          "s (X + t), not s X + t; cam is [s, tx, ty]")
     cam, X = torch.tensor([[2.0, 0.1, -0.2]]), torch.tensor([[[0.3, 0.4, 9.0]]])
     close(hmr.project(X, cam), torch.tensor([[[0.8, 0.4]]]), 1e-6,
           "s (X + t) = 2 * (.3 + .1), 2 * (.4 - .2); the paper's s X + t would give .7, .6")
@@ -851,6 +919,19 @@ def test_smpl_parameter_loss():
                      fast_mode=True)
 
 
+def test_the_losses_are_the_official_codes(golden):
+    g, (has_3d, has_smpl) = golden, (golden["step_has_joints"], golden["step_has_smpl"])
+    pred, true = g["loss_params_pred"], g["loss_params_true"]         # (4, 226) each
+    rotmats = lambda x: x[:, :216].view(4, 24, 3, 3)
+    # float64: only the order of the sums differs
+    close(hmr.keypoint_loss(g["loss_kp_pred"], g["step_kp"][..., :2], g["step_kp"][..., 2]),
+          g["out_loss_kp"], 1e-14, "L_kp: L1, over 2 * (visible points of the whole batch)")
+    close(hmr.joints3d_loss(g["loss_joints_pred"], g["step_joints"], has_3d), g["out_loss_joints"],
+          1e-14, "L_joints: 0.5 * mean over the labelled, centred at the hips' midpoint")
+    close(hmr.smpl_loss(rotmats(pred), pred[:, 216:], rotmats(true), true[:, 216:], has_smpl),
+          g["out_loss_smpl"], 1e-14, "L_smpl: 0.5 * mean over 226 numbers, the root's included")
+
+
 def test_nothing_labelled_costs_nothing_and_gives_no_nan():
     pred = torch.randn(2, 19, 3, requires_grad=True)
     none = torch.zeros(2)
@@ -902,6 +983,17 @@ def test_the_23_joint_heads_are_23_separate_linears():
     all_joints = D.all3(D.all2(D.all1(embed.reshape(5, 736)).relu()).relu())
     shape = D.shape3(D.shape2(D.shape1(betas).relu()).relu())
     close(out[:, 23:], torch.cat([all_joints, shape], 1), 1e-5, "order: [joints | all | shape]")
+
+
+def test_ds_25_outputs_are_the_official_codes(golden):
+    _, pose, betas = hmr.split_theta(golden["step_thetas"].flatten(0, 1))         # Theta_1 first
+    D, (real, fake) = golden_networks(golden)[1], golden["step_D_outputs"].split(12)
+    shown = hmr.pose_to_rotmats(pose)[:, 1:]
+    for name, got, expected in (("real", D(*golden["motion"]), real),
+                                ("fake", D(shown, betas), fake)):
+        # hmr's rotations are off by 2e-8, which the steepest head makes 3e-8
+        close(got, expected, 1e-7, f"{name}: [23 joints | all | shape]; a ReLU lost (pytorch_HMR's "
+              "embedding), the root not left out, R - I for R, or R transposed?")
 
 
 def test_each_discriminator_sees_only_its_own():
@@ -1006,7 +1098,7 @@ def test_motion_bends_limbs_the_right_way():
     assert std.min() > 0.03, f"{JOINT_NAMES[1 + int(std.argmin())]} is constant: D would spot it"
 
 
-def test_a_mirrored_pose_is_the_mirrored_body():
+def test_a_mirrored_pose_is_the_mirrored_body(golden):
     """M R(r) M = R(r * (1, -1, -1)), sides swapped, the root included."""
     offsets = torch.randn(1, 24, 3).double()
     M = torch.diag(torch.tensor([-1.0, 1, 1])).double()
@@ -1015,6 +1107,8 @@ def test_a_mirrored_pose_is_the_mirrored_body():
     joints, _ = batch_rigid_transform(batch_rodrigues(pose), symmetric, PARENTS)
     mirrored, _ = batch_rigid_transform(batch_rodrigues(data.mirror_pose(pose)), symmetric, PARENTS)
     close(mirrored, joints[:, FLIP_JOINTS] @ M, 1e-12, "swap sides AND flip y, z of every vector")
+    close(data.mirror_pose(golden["body_pose"].view(3, 24, 3)).flatten(1),
+          golden["out_pose_mirrored"], 0, "not the official code's: it mirrors the root, too")
 
 
 def test_pictures_and_the_pool_draw_from_one_distribution():
@@ -1321,6 +1415,20 @@ def test_errors_are_centred_at_the_hips_and_the_thresholds_are_3dhps(body):
         assert result["pck"] == (100 if n else 0), f"{mm} mm, PCK: strictly below 150 counts"
 
 
+def test_the_measures_are_the_official_codes(golden):
+    """MPJPE and PA-MPJPE of each of 40 bodies as hmr has them, PCK and AUC as MPI-INF-3DHP."""
+    pred, true = (hmr.HMROutput(*[None] * 4, golden[f"eval_{which}"], torch.zeros(40, 19, 2),
+                                torch.zeros(40, 1, 3).double()) for which in ("pred", "true"))
+    errors = train.pose_errors(pred, true)
+    # float64's rounding of errors up to 1,218 mm; an SVD's is some times that
+    for name, key in (("mpjpe", "mpjpe"), ("pa_mpjpe", "pa")):
+        close(errors[name].mean(1), golden[f"out_eval_{key}"], 1e-9, f"{name}, mm: a body centred "
+              "at its pelvis joint, a reflection allowed, or one scale for all?")
+    result = train.summarize([errors])           # mmhuman3d's percentages are float32
+    close([result["pck"], result["auc"]], golden["out_eval_pck_auc"], 1e-5,
+          "PCK and AUC, %: strictly below the threshold (one of the bodies is perfect)")
+
+
 def test_monstrosity_is_0_for_recorded_bodies_and_100_for_absurd_ones(body):
     config = tiny(Path("x"))
     recorded = train.recorded_rotations(config, "cpu")
@@ -1421,6 +1529,40 @@ def test_the_loop_gives_every_loss_and_optimiser_its_own(monkeypatch, tmp_path):
         assert group["weight_decay"] == 0, "the official weight decay is never read"
         assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8, "Adam's usual numbers"
         close(group["lr"], rate * train.lr_factor(1, config), 1e-12, "E and D: own rate, one cycle")
+
+
+def test_a_whole_step_is_the_official_codes(golden, golden_body):
+    """Every term and gradient of one step of hmr's trainer: 4 pictures' features, T = 3."""
+    E = HMR(golden_body, depth=18, width=8)
+    E.regressor, D = golden_networks(golden)
+    E.encode = lambda images: golden["step_feature"]
+    E.regressor.theta_bar.requires_grad_()                            # hmr trains it
+    keypoints, visible = golden["step_kp"].split([2, 1], -1)
+    batch = data.Batch(torch.zeros(4, 3, 8, 8), keypoints, visible[..., 0],
+                       nn.functional.pad(golden["step_joints"], (0, 0, 0, 5)),
+                       batch_rodrigues(golden["step_pose"].view(4, 24, 3)), golden["step_betas"],
+                       golden["step_has_joints"], golden["step_has_smpl"], torch.zeros(4, 3))
+    # hmr updates both at once: E is judged by D as it was, so D must stand still here
+    players = [torch.optim.SGD(network.parameters(), lr=0.0) for network in (E, D)]
+    loss_E, L_kp, L_joints, L_smpl, L_adv, loss_D, *_ = train.train_step(
+        E, D, *players, batch, golden["motion"], train.Config())
+    of_E, of_D = "a detach between the iterations?", "E's step added to it? fakes of Theta_3 alone?"
+    for name, got, suspect in (
+            ("60_L_kp", 60 * L_kp, "of Theta_3 alone, masked by visible; s (X + t)?"),
+            ("60_L_joints", 60 * L_joints, "of Theta_3 alone, masked by has_3d; 0.5?"),
+            ("60_L_smpl", 60 * L_smpl, "of Theta_3 alone, masked by has_smpl; 0.5?"),
+            ("L_adv", L_adv, "all T Thetas; a sum over 25, a mean over B*T?"),
+            ("loss_D", loss_D, "real to 1, fake to 0; summed, not halved?"),
+            ("loss_E", loss_E, "the terms are right, so their weights: 60, 60, 60, 1"),
+            ("grad_E_fc3_bias", E.regressor.fc3.bias.grad, of_E),
+            ("grad_E_fc1_norm", E.regressor.fc1.weight.grad.norm(), of_E),
+            ("grad_E_theta_bar", E.regressor.theta_bar.grad, of_E),
+            ("grad_D_embed1_weight", D.embed1.weight.grad, of_D),
+            ("grad_D_shape1_weight", D.shape1.weight.grad, of_D),
+            ("grad_D_joint_bias", D.joint_bias.grad, of_D)):
+        expected = golden[f"step_{name}"]
+        # hmr's 1e-8 again, relative to the largest number
+        close(got, expected, 2e-8 * expected.abs().max().item(), f"{name}: {suspect}")
 
 
 ABLATIONS = [                  # every two values of two flags meet at least once
@@ -2016,3 +2158,13 @@ def test_readmes_commands_run(tmp_path, monkeypatch):
                    "precision", "torch", "seed", "config"} == set(metrics)
     assert set(metrics["baseline"]) == keys and len(metrics["per_iteration"]) == 3
     assert (tmp_path / "runs/small/picture.png").is_file()
+
+
+# ============================================================================================
+# The crop's scale, for pictures with labels of one's own
+
+def test_the_crops_scale_is_the_official_codes(golden):
+    for points, scale in zip(golden["scale_keypoints"], golden["out_scale_coco"]):
+        # a norm and a quotient: a few roundings
+        close(data.person_scale(points[:, :2], points[:, 2]), scale, 1e-14 * scale.item(),
+              f"{int((points[:, 2] > 0).sum())} points: ANY visible ankle: the box, else the torso")
