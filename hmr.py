@@ -10,8 +10,10 @@ the authors' TensorFlow release.
                              25 discriminators (L_adv)                         L_3D       L_reproj
 
 Axes:  B images   T = 3 regression iterations   N = B*T bodies shown to the discriminators
-       19 keypoints (first 14 = LSP)   24 joints = root + K = 23   85 = 3 + 72 + 10
-       (the paper's K is 23 joints in Sec. 3.1 and 3.3 but also counts keypoints: K is overloaded)
+       C channels   H, W pixels   19 keypoints (first 14 = LSP)   24 joints = root + 23
+       85 = 3 + 72 + 10
+Letters with two meanings: the paper's K is the 23 joints in Sec. 3.1 and 3.3 and the keypoints
+       elsewhere; F is torch's functional in code, the residual function F(x) in the slides' words.
 Camera frame: x right, y DOWN, z away from the camera, metres.  SMPL's own frame is y up, so a
 person standing upright and facing the camera has root rotation Rx(pi).
 2D: the square crop is [-1, 1] x [-1, 1]; pixel = (x + 1) * size / 2.
@@ -26,7 +28,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,9 +52,8 @@ class BasicBlock(nn.Module):
     """slides: two 3x3 convolutions, y = F(x) + x (18 and 34 layers)."""
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, plain: bool,
-                 stride_on_1x1: bool):
-        super().__init__()                           # stride_on_1x1 concerns bottlenecks only
+    def __init__(self, inputs: int, width: int, stride: int, plain: bool):
+        super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, padding=1, bias=False)
@@ -73,15 +73,13 @@ class Bottleneck(nn.Module):
     """slides: 1x1 down, 3x3, 1x1 up to 4 * width (50, 101 and 152 layers)."""
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, plain: bool,
-                 stride_on_1x1: bool):
+    def __init__(self, inputs: int, width: int, stride: int, plain: bool):
         super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         # He et al. put a stage's stride into the first 1x1; torchvision into the 3x3 (slightly
         # better and a little dearer, "v1.5"), and its weights expect it there.
-        on_1x1, on_3x3 = (stride, 1) if stride_on_1x1 else (1, stride)
-        self.conv1 = nn.Conv2d(inputs, width, 1, on_1x1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, on_3x3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
@@ -120,31 +118,25 @@ def join(x: Tensor, residual: Tensor, projection: nn.Module | None, plain: bool)
 class ResNet(nn.Module):
     """images (B, 3, H, W) -> feature (B, C), C = 512 * expansion * width / 64 (2048 for depth 50).
 
-    depth 18|34|50|101|152; width 64 in the paper; stem "imagenet" (7x7/2 and 3x3/2 max-pool) or
-    "light" (3x3/2 and max-pool, for small pictures); plain: no shortcuts, the slides' degrading
-    network; num_classes: add torchvision's classifier `fc`, output (B, num_classes);
-    stride_on_1x1: as in He et al. (bottlenecks only).
+    depth 18|34|50|101|152; width 64 on the slides; plain: no shortcuts, the slides' degrading
+    network; num_classes: add torchvision's classifier `fc`, output (B, num_classes).
     """
 
-    def __init__(self, depth: int = 50, width: int = 64, stem: str = "imagenet",
-                 plain: bool = False, num_classes: int | None = None,
-                 stride_on_1x1: bool = False):
+    def __init__(self, depth: int = 50, width: int = 64, plain: bool = False,
+                 num_classes: int | None = None):
         super().__init__()
         if depth not in RESNETS:
             raise ValueError(f"depth must be one of {sorted(RESNETS)}, got {depth}")
-        if stem not in ("imagenet", "light"):
-            raise ValueError(f'stem must be "imagenet" or "light", got {stem!r}')
         bottleneck, blocks = RESNETS[depth]
         block = Bottleneck if bottleneck else BasicBlock
-        kernel = 7 if stem == "imagenet" else 3
-        self.conv1 = nn.Conv2d(3, width, kernel, 2, padding=kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
         for stage, count in enumerate(blocks):       # slides: conv2_x .. conv5_x = layer1 .. layer4
             outputs, units = width * 2 ** stage, []
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1    # conv2_x follows the pool: no stride
-                units.append(block(channels, outputs, stride, plain, stride_on_1x1))
+                units.append(block(channels, outputs, stride, plain))
                 channels = outputs * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*units))
         self.feature_dim = channels
@@ -273,13 +265,13 @@ class HMR(nn.Module):
     """
 
     def __init__(self, smpl: SMPL, depth: int = 50, iterations: int = 3, width: int = 64,
-                 stem: str = "imagenet", plain: bool = False, dropout: float = 0.5,
-                 rotation: str = "axis-angle", amp: torch.dtype | None = None):
+                 plain: bool = False, dropout: float = 0.5, rotation: str = "axis-angle",
+                 amp: torch.dtype | None = None):
         super().__init__()
         if rotation not in ("axis-angle", "6d"):
             raise ValueError(f'rotation must be "axis-angle" or "6d", got {rotation!r}')
         self.smpl, self.amp = smpl, amp
-        self.encoder = ResNet(depth, width, stem, plain)
+        self.encoder = ResNet(depth, width, plain)
         theta_bar = mean_theta(smpl.mean_pose, rotation)
         self.regressor = Regressor(self.encoder.feature_dim, theta_bar, iterations, dropout)
         # ImageNet statistics, for torchvision's weights; the official code scales to [-1, 1].
@@ -321,7 +313,7 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     What the mask hides must still be finite (fill missing labels with 0 or -1, not with NaN).
     """
     mask = mask.to(error.dtype).expand_as(error)
-    count = mean_over_processes(mask.sum())                           # (); under torchrun, of all
+    count = mask.sum()                                                # ()
     return (error * mask).sum() / torch.where(count > 0, count, torch.ones_like(count))
 
 
@@ -408,34 +400,9 @@ class Discriminator(nn.Module):
         return torch.cat([per_joint, y, z], 1)                        # (N, 25)
 
 
-class WholeDiscriminator(nn.Module):
-    """What Sec. 3.3 advises against: ONE network on shape and pose, inputs as above -> (N, 1).
-
-    217 -> 1239 -> 1239 -> 1 has the 25's number of parameters within 0.005 %: only the
-    factorisation differs.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(10 + 23 * 9, 1239)
-        self.fc2 = nn.Linear(1239, 1239)
-        self.fc3 = nn.Linear(1239, 1)
-        for layer in (self.fc1, self.fc2, self.fc3):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, rotmats: Tensor, betas: Tensor) -> Tensor:
-        x = torch.cat([betas, rotmats.flatten(1)], 1)                 # (N, 217)
-        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))        # (N, 1)
-
-
 def sum_heads(error: Tensor) -> Tensor:
-    """sum_i E[..]: sum over the 25 discriminators, mean over N: (N, 25) -> ().
-
-    A whole discriminator's (N, 1) counts 25 times: both forms are 25 if D says 0, so that one
-    weight of L_adv and one learning rate of D mean the same for both.
-    """
-    return 25 / error.shape[1] * error.sum(1).mean()
+    """sum_i E[..]: sum over the 25 discriminators, mean over the N bodies: (N, 25) -> ()."""
+    return error.sum(1).mean()
 
 
 def encoder_adversarial_loss(fake: Tensor) -> Tensor:
@@ -458,19 +425,10 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 # ============================================================================================
-# Not needed to understand HMR: several processes, the demo.
-
-def mean_over_processes(count: Tensor) -> Tensor:
-    """A count () under torchrun -> its mean over the processes.  DistributedDataParallel averages
-    gradients, so that over their MEAN count each loss gives the joined batch's gradient."""
-    if dist.is_initialized():
-        dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return count
-
+# Not needed to understand HMR: the demo.
 
 def count_multiply_adds(network: ResNet, size: int = 224) -> int:
-    """Multiply-adds of one picture through the convolutions and the classifier."""
+    """Multiply-adds of one picture through convolutions and classifier: the slides' "FLOPs"."""
     total = 0
 
     def count(module, inputs, output):
@@ -490,6 +448,14 @@ def count_multiply_adds(network: ResNet, size: int = 224) -> int:
     return total
 
 
+def move_strides_to_1x1(network: ResNet) -> ResNet:
+    """As He et al. have it (see Bottleneck): for counting, in place; nothing is to be trained."""
+    for block in network.modules():
+        if isinstance(block, Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    return network
+
+
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(description="Print shapes and known values of HMR.").parse_args(argv)
     return exit_status("hmr.py", _demo)
@@ -499,9 +465,10 @@ def _demo() -> None:
     torch.manual_seed(0)
     print("slides' table, 1e9 multiply-adds at 224 px: stride on 1x1 | torchvision's | slides")
     for depth, slides in zip(RESNETS, (1.8, 3.6, 3.8, 7.6, 11.3)):
-        slides_way, ours = (count_multiply_adds(ResNet(depth, num_classes=1000, stride_on_1x1=way))
-                            / 1e9 for way in (True, False))
-        print(f"  ResNet-{depth:<4d} {slides_way:48.2f} | {ours:13.2f} | {slides}")
+        network = ResNet(depth, num_classes=1000)
+        ours = count_multiply_adds(network) / 1e9
+        theirs = count_multiply_adds(move_strides_to_1x1(network)) / 1e9
+        print(f"  ResNet-{depth:<4d} {theirs:48.2f} | {ours:13.2f} | {slides}")
     model, D = HMR(SMPL()).eval(), Discriminator()
     with torch.no_grad():
         thetas, out = model(torch.rand(2, 3, 224, 224))

@@ -372,14 +372,18 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 
 def exit_status(program: str, run: Callable[[], None]) -> int:
-    """Run a command; bad input (ValueError, OSError), full memory: one sentence, exit status 2."""
+    """Run a command.  Bad input (ValueError, OSError), full memory: one sentence, exit status 2;
+    Ctrl-C: 130."""
     try:
         run()
+    except KeyboardInterrupt as error:
+        print(f"\n{program}: {error or 'stopped'}", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):            # GPU's, CPU's
+    except RuntimeError as error:               # a GPU's, the CPU's, numbers beyond 64 bits
+        if not re.search("out of memory|allocate memory|size calculation overflowed", str(error)):
             raise
         print(f"{program}: the memory is full; free some, or make --batch or --size smaller",
               file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What is not needed to understand HMR: experiments, benches, data sets."""

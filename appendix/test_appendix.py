@@ -1,0 +1,678 @@
+"""The appendix, and what a program must survive: experiments, benches, crops, torn files, bad options.
+
+The formulas of the paper are tested in test_hmr.py, whose fixtures and `close` are used here.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.spatial.transform import Rotation
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+import hmr
+import smpl as smpl_module
+import test_hmr
+import train
+from appendix import ablate, datasets
+from hmr import HMR, Discriminator
+from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, KEYPOINT_NAMES, JOINT_NAMES, OPEN_BODY, PARENTS, SMPL,
+                  batch_rigid_transform, batch_rodrigues, blend_shapes, lbs)
+from test_hmr import (body, close, golden, precision_of_the_encoder,  # noqa: F401 (fixtures)
+                      same_numbers_every_time, tiny, weights_of)
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+# ============================================================================================
+# The open body
+
+
+def test_the_open_body_is_a_person(body):
+    assert OPEN_BODY.stat().st_size <= 2 ** 20
+    v, J = body.v_template, body.J_regressor @ body.v_template
+    kp = dict(zip(KEYPOINT_NAMES, body.cocoplus_regressor @ v))
+    joint = dict(zip(JOINT_NAMES, J))
+    for name in ("weights", "J_regressor", "cocoplus_regressor"):
+        matrix = getattr(body, name)
+        assert matrix.min() >= 0, f"{name} must be non-negative"
+        close(matrix.sum(1), torch.ones(len(matrix)), 1e-5, f"{name}: rows must sum to 1")
+    assert (body.cocoplus_regressor > 0).sum(1).max() <= 16, "keypoints must stay cheap"
+    close(joint["pelvis"], torch.zeros(3), 5e-3, "the mean pelvis is the origin")
+    assert joint["left_wrist"][0] > 0.4, "the person's left is +x"
+    assert kp["head_top"][1] > kp["nose"][1] > kp["neck"][1] > kp["left_hip"][1] > \
+        kp["left_knee"][1] > kp["left_ankle"][1], "y is up"
+    assert kp["nose"][2] > kp["left_ear"][2], "the face looks along +z"
+    assert kp["left_eye"][0] > 0 > kp["right_eye"][0]
+    close(J[16::2][:4, 1], J[16, 1].expand(4), 0.08, "a T-pose: the arm is level")
+    # outward faces: the signed volume is the body's, some 70 litres
+    a, b, c = v[body.faces].unbind(1)
+    volume = (a * torch.linalg.cross(b, c)).sum() / 6
+    assert 0.04 < volume < 0.11, f"{volume:.3f} m^3: faces must be counter-clockwise from outside"
+
+
+def dual_quaternion_skinning(v, weights, A):
+    """v (B, V, 3), weights (V, 24), bones' motions A (B, 24, 4, 4) -> (B, V, 3).  Kavan 2007."""
+    q = Rotation.from_matrix(A[..., :3, :3].reshape(-1, 3, 3)).as_quat().reshape(-1, 24, 4)   # xyzw
+    for j in range(1, 24):              # q and -q are one rotation: take the parent's hemisphere
+        q[(q[:, j] * q[:, PARENTS[j]]).sum(1) < 0, j] *= -1
+    t, xyz, w = A[..., :3, 3], q[..., :3], q[..., 3:]
+    dual = np.concatenate([np.cross(t, xyz) + w * t, -(t * xyz).sum(-1, keepdims=True)], -1) / 2
+    q, dual = np.einsum("vj,bjk->bvk", weights, q), np.einsum("vj,bjk->bvk", weights, dual)
+    size = np.linalg.norm(q, axis=-1, keepdims=True)
+    q, dual = q / size, dual / size
+    shift = 2 * (q[..., 3:] * dual[..., :3] - dual[..., 3:] * q[..., :3]
+                 + np.cross(q[..., :3], dual[..., :3]))
+    turned = Rotation.from_quat(q.reshape(-1, 4)).apply(v.reshape(-1, 3)).reshape(v.shape)
+    return turned + shift
+
+
+@pytest.mark.parametrize("spread", [0, 1])
+def test_pose_blend_shapes_remove_most_of_what_linear_skinning_gets_wrong(body, spread):
+    """On clips that nothing was fitted to, the open body's skin is near dual quaternions'."""
+    pose = data.load_mocap(upright=False, held_out=True)[::4].double()           # (81, 24, 3)
+    betas = spread * torch.randn(len(pose), 10, generator=torch.Generator().manual_seed(0)).double()
+    arrays = {k: getattr(body, k).double() for k in ("v_template", "shapedirs", "posedirs",
+                                                     "J_regressor", "weights")}
+    rotmats = batch_rodrigues(pose)                                   # (B, 24, 3, 3)
+    rest = arrays["v_template"] + blend_shapes(betas, arrays["shapedirs"])       # (B, V, 3)
+    J = torch.einsum("jv,bvc->bjc", arrays["J_regressor"], rest)      # (B, 24, 3)
+    A = batch_rigid_transform(rotmats, J, PARENTS)[1]                 # (B, 24, 4, 4)
+    target = dual_quaternion_skinning(rest.numpy(), arrays["weights"].numpy(), A.numpy())
+
+    def distance(posedirs) -> float:                                  # RMS, mm
+        vertices, _ = lbs(betas, rotmats, **{**arrays, "posedirs": posedirs}, parents=PARENTS)
+        return 1000 * ((vertices.numpy() - target) ** 2).sum(-1).mean() ** 0.5
+    without, with_them = distance(0 * arrays["posedirs"]), distance(arrays["posedirs"])
+    assert 3 < without < 6, f"linear skinning is {without:.2f} mm off: a wrong target?"
+    assert with_them < 0.3 * without, f"{without:.2f} mm without, {with_them:.2f} mm with them"
+
+
+def test_pose_blend_shapes_are_symmetric_and_local(body):
+    """Mirrored features move mirrored vertices; few numbers are not zero."""
+    D = body.posedirs.double().unflatten(2, (23, 3, 3))               # (V, 3, 23, 3, 3)
+    t = body.v_template.double()
+    sign = t.new_tensor([-1, 1, 1])
+    mirror = torch.cdist(t * sign, t).argmin(1)                       # (V,)
+    joints = torch.tensor(FLIP_JOINTS[1:]) - 1
+    other = D[mirror][:, :, joints] * torch.einsum("i,a,b->iab", sign, sign, sign)[:, None]
+    assert torch.equal(other, D), "left and right are not mirror images"
+    share = (D != 0).double().mean().item()
+    assert 0.02 < share < 0.10, f"{share:.1%} of posedirs are not zero"
+
+
+def test_the_population_is_believable(body):
+    betas = torch.randn(2000, 10)
+    y = (body.v_template[:, 1] + betas @ body.shapedirs[:, 1].T)
+    stature = y.amax(1) - y.amin(1)
+    mean, std = stature.mean().item(), stature.std().item()
+    assert abs(mean - 1.70) < 0.05 and 0.06 < std < 0.14, f"stature {mean:.2f} +- {std:.2f} m"
+    assert 1.35 < stature.min() and stature.max() < 2.15, "no children, no giants"
+
+
+# ============================================================================================
+# datasets.py: the crop of real pictures, the flip
+
+
+def test_flipping_a_batch_flips_every_label(body):
+    batch = data.SyntheticPeople(body, data.load_mocap(True, False), 4, 16, labels="all").batch(0)
+    flipped = datasets.flip_batch(batch)
+    M = torch.tensor([-1.0, 1, 1])
+    left, right = KEYPOINT_NAMES.index("left_wrist"), KEYPOINT_NAMES.index("right_wrist")
+    close(flipped.keypoints3d[:, left], batch.keypoints3d[:, right] * M, 0, "left becomes right")
+    close(hmr.project(flipped.keypoints3d, flipped.cam), flipped.keypoints2d, 1e-5,
+          "2D, 3D and camera must still agree: x -> -x everywhere, tx too")
+    pose = torch.tensor(Rotation.from_matrix(batch.rotmats.flatten(0, 1).numpy()).as_rotvec())
+    expected = batch_rodrigues(data.mirror_pose(pose.view(4, 24, 3)).float())
+    close(flipped.rotmats, expected, 1e-5, "matrices and axis-angles must flip alike")
+    again = datasets.flip_batch(flipped)
+    assert all(torch.equal(x, y) for x, y in zip(again, batch)), "twice is the identity"
+
+
+def test_flipping_takes_picture_and_visibility_along(body):
+    batch = data.SyntheticPeople(body, data.load_mocap(True, False), 4, 16).batch(0)
+    flipped = datasets.flip_batch(batch)
+    assert torch.equal(flipped.image, batch.image.flip(-1)), "labels flipped, the picture not"
+    for i, name in enumerate(KEYPOINT_NAMES):
+        assert torch.equal(flipped.visible[:, i], batch.visible[:, FLIP_KEYPOINTS[i]]), \
+            f"{name}: visibility must change sides with its point"
+
+
+def test_cropping_keeps_picture_and_points_together():
+    image = torch.zeros(3, 90, 120)
+    keypoints = torch.zeros(19, 2)
+    visible = torch.zeros(19)
+    for k, (x, y) in enumerate([(30, 20), (60, 70), (45, 50)]):
+        image[:, y - 2:y + 3, x - 2:x + 3] = 1                        # centred on x + .5, y + .5
+        keypoints[k], visible[k] = torch.tensor([x + 0.5, y + 0.5]), 1
+    for kwargs in ({}, dict(shift=(15, -20)), dict(zoom=1.2), dict(zoom=0.8, shift=(-20, 20))):
+        crop, points = datasets.crop_person(image, keypoints, visible, 224, **kwargs)
+        assert crop.shape == (3, 224, 224)
+        for x, y in ((points[:3] + 1) * 112).tolist():
+            assert crop[0, int(y), int(x)] > 0.9, f"{kwargs}: a keypoint left its spot"
+    with pytest.raises(ValueError, match="at least 2"):
+        datasets.crop_person(image, keypoints, visible * 0)
+    with pytest.raises(ValueError, match="at least 5 pixels"):
+        datasets.crop_person(image, keypoints * 0, visible)
+
+
+def test_the_crop_has_the_official_size_and_jitter():
+    image, visible, keypoints = torch.rand(3, 90, 120), torch.zeros(19), torch.zeros(19, 2)
+    for name, xy in (("right_ankle", (30, 80)), ("right_hip", (40, 50)),
+                     ("right_shoulder", (40, 20)), ("left_elbow", (60, 40))):
+        k = KEYPOINT_NAMES.index(name)
+        keypoints[k], visible[k] = torch.tensor(xy).float(), 1
+    _, points = datasets.crop_person(image, keypoints, visible)
+    pixels = (points[visible > 0] + 1) * 112
+    low, high = pixels.amin(0), pixels.amax(0)
+    close((high - low).norm(), 150.0, 1e-3, "with an ankle: the box's diagonal is 150 px of 224")
+    close((high + low) / 2, torch.tensor([112.0, 112]), 1e-3, "the box's midpoint is the centre")
+    assert (points[visible == 0] == 0).all(), "unlabelled points are zeroed"
+    _, moved = datasets.crop_person(image, keypoints, visible, shift=(20, 0))
+    close((points - moved)[visible > 0] * 112, torch.tensor([20.0, 0]).expand(4, 2), 1e-3,
+          "the window moves right, the person left, in crop pixels")
+    _, zoomed = datasets.crop_person(image, keypoints, visible, zoom=1.2)
+    close(zoomed, 1.2 * points, 1e-5, "zoom is about the crop's centre")
+    _, both = datasets.crop_person(image, keypoints, visible, shift=(20, 0), zoom=1.2)
+    close(both, 1.2 * moved, 1e-5, "first the shift, then the zoom")
+    visible[KEYPOINT_NAMES.index("right_ankle")] = 0
+    _, points = datasets.crop_person(image, keypoints, visible)
+    hip, shoulder = (points[KEYPOINT_NAMES.index(f"right_{n}")] for n in ("hip", "shoulder"))
+    close((hip - shoulder).norm() * 112, 75.0, 1e-3, "no ankle visible: the torso is 75 px of 224")
+    no_torso = visible.clone()
+    no_torso[KEYPOINT_NAMES.index("right_hip")] = 0
+    _, points = datasets.crop_person(image, keypoints, no_torso)
+    elbow, shoulder = (points[KEYPOINT_NAMES.index(n)] for n in ("left_elbow", "right_shoulder"))
+    close((elbow - shoulder).norm() * 112, 50.0, 1e-3, "neither ankle nor torso: the box is 50 px")
+    crop, _ = datasets.crop_person(image, keypoints, visible, shift=(-500, 0))
+    assert crop[:, :, 0].std() > 0 and torch.equal(crop[:, :, 0], crop[:, :, 50]), \
+        "beyond the picture its edge is repeated, not black"
+
+
+def test_the_crops_scale_is_the_official_codes(golden):
+    for points, scale in zip(golden["scale_keypoints"], golden["out_scale_coco"]):
+        # a norm and a quotient: a few roundings
+        close(datasets.person_scale(points[:, :2], points[:, 2]), scale, 1e-14 * scale.item(),
+              f"{int((points[:, 2] > 0).sum())} points: ANY visible ankle: the box, else the torso")
+
+
+# ============================================================================================
+# ablate.py
+
+
+def test_the_whole_discriminator_is_as_large_and_weighs_as_much():
+    D = ablate.WholeDiscriminator()
+    count = sum(p.numel() for p in D.parameters())
+    assert count == 1_807_702 and abs(count / 1_807_619 - 1) < 1e-3, "only the form may differ"
+    R, betas = torch.randn(4, 23, 3, 3), torch.randn(4, 10)
+    x = torch.cat([betas, R.reshape(4, 207)], 1)
+    expected = D.fc3(D.fc2(D.fc1(x).relu()).relu())
+    close(D(R, betas), expected.expand(4, 25), 1e-6, "two hidden layers, ReLUs, one opinion 25 times")
+
+
+ABLATIONS = [                  # every two values of two flags meet at least once
+    "--no-paired --no-adv --iterations 1 --plain --depth 34",
+    "--no-paired --iterations 3 --depth 18",
+    "--no-paired --iterations 2 --depth 34",
+    "--no-adv --iterations 3 --depth 34",
+    "--no-adv --iterations 2 --plain",
+    "--paired --iterations 1 --depth 34",
+    "--iterations 1 --depth 18 --no-paired --no-plain",
+    "--iterations 3 --plain --depth 18",
+    "--no-paired --no-adv --iterations 3 --plain --depth 18",
+    "--no-paired --iterations 2 --plain --depth 34"]
+
+
+@pytest.mark.parametrize("flags", ABLATIONS)
+def test_flags_of_the_ablations_work_together(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda *run: train.overlays(run[0], run[2]))
+    given, _ = train.parse(argparse.ArgumentParser(), flags.split())
+    config = tiny(**{**given, "out": tmp_path / "run", "steps": 2})
+    picture = train.train(config)
+    assert picture.isfinite().all()
+    header, row = (tmp_path / "run" / "log.csv").read_text().split()
+    row = dict(zip(header.split(","), map(float, row.split(","))))
+    assert all(map(math.isfinite, row.values())) and row["L_kp"] > 0, row
+    assert (row["L_joints"] > 0) == (row["L_smpl"] > 0) == config.paired, "--no-paired: 2D only"
+    for name in ("L_adv", "loss_D", "D_real", "D_fake"):
+        assert (row[name] != 0) == config.adv, f"{name} {row[name]}: --no-adv leaves D out"
+    total = 60 * (row["L_kp"] + row["L_joints"] + row["L_smpl"]) + row["L_adv"]
+    close(row["loss_E"], total, 1e-3, "Eq. (1) with what is left")
+
+
+TINY = ["--device", "cpu", "--size", "32", "--width", "8", "--batch", "4", "--steps", "2",
+        "--eval-pictures", "4"]
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as image:          # Pillow, which comes with torchvision
+        return image.size                                             # width, height
+
+
+def test_the_ablation_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys):
+    out, steps, batch = tmp_path / "ablation", [], data.SyntheticPeople.batch
+    command = ["paper", *TINY, "--variants", "paired+adv,neither", "--out", str(out)]
+
+    def noted(world, step):
+        if world.batch_size == 4:                                     # training's, not evaluation's
+            steps.append((world.labels, step))
+            if len(steps) == 3:
+                signal.raise_signal(signal.SIGINT)
+        return batch(world, step)
+    monkeypatch.setattr(data.SyntheticPeople, "batch", noted)
+    assert ablate.main(command) == 130
+    assert "same command" in capsys.readouterr().err
+    assert weights_of(out / "neither_seed0")["step"] == 1, "interrupted, and saved"
+    assert "paired+adv,0,iteration 3" in (out / "ablation.csv").read_text(), "what there is so far"
+    assert ablate.main(command) == 0
+    assert steps == [("half", 0), ("half", 1), ("2d", 0), ("2d", 1)], "no step twice, none left out"
+    assert "neither, seed 0: run 2 of 2" in capsys.readouterr().out
+
+    rows = [r.split(",") for r in (out / "ablation.csv").read_text().split("\n")[:-1]]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+             (out / "ablation.md").read_text().split("\n") if line.startswith("|")]
+    for name in ("paired+adv", "neither"):
+        metrics = json.loads((out / f"{name}_seed0" / "metrics.json").read_text())
+        (row,) = [r for r in rows if r[0] == name and r[2] == "iteration 3"]
+        (line,) = [cells for cells in table[1:] if cells[0] == name and cells[1] != "MPJPE mm"]
+        for n, (key, _) in enumerate(train.MEASURES):
+            close(float(row[3 + n]), metrics[key], 1e-9, f"{key} in the CSV file")
+            assert line[1 + n] == f"{metrics[key]:.1f}", f"{key} in the table"
+        assert (line[-1] == "") == (name == "neither"), "an untrained D has no opinion"
+    assert size_of(out / "ablation.png") == (5 * 224, 5 * 224 + 32), "input, 2 x 2; 5 pictures"
+    assert size_of(out / "iterations.png") == (9 * 224, 5 * 224 + 32), "Theta-bar, T = 1, 2, 3"
+
+    for flags, sentence in ((["--steps", "3"], "--steps 2, now it is 3"),
+                            (["--lr-d", "0.5"], "--lr-d"), (["--variants", "adv,all"], "'all'"),
+                            (["--no-adv"], "--adv"), (["--seeds", "0"], "--seeds"),
+                            (["--variants", ""], "none of the variants")):
+        assert ablate.main([*command, *flags]) == 2, flags
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1, error
+    assert len(steps) == 4, "a refused command trains nothing"
+
+
+def test_the_ablations_spread_is_over_seeds(tmp_path):
+    configs = {}
+    for seed, mpjpe in ((0, 100.0), (1, 110.0)):
+        configs["T=1", seed] = config = tiny(tmp_path / f"T=1_seed{seed}", iterations=1, seed=seed)
+        body = {key: mpjpe for key, _ in train.MEASURES}
+        Path(config.out).mkdir()
+        (Path(config.out) / "metrics.json").write_text(json.dumps(
+            {"truth": body, "baseline": body, "per_iteration": [body], "seconds": 1.0, "config": {},
+             "device": "none", "torch": "0", "precision": "float32", "heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}))
+    ablate.ablation_tables(tmp_path, configs)
+    text = (tmp_path / "ablation.md").read_text()
+    assert "| T=1 | 105.0 ± 7.1 |" in text, f"sample standard deviation of 100 and 110: {text}"
+    assert "| 0.60 | 0.25 |" in text and "seeds 0, 1" in text
+    for config in configs.values():             # as after --no-adv: no heads, and no word about it
+        path = Path(config.out) / "metrics.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items()
+                                    if k != "heads"}))
+    ablate.ablation_tables(tmp_path, configs)
+    assert "105.0 ± 7.1" in (tmp_path / "ablation.md").read_text()
+    assert "nan" not in (tmp_path / "ablation.md").read_text()
+
+
+def test_degradation_measures_four_networks(tmp_path, body):
+    out = tmp_path / "runs"
+    assert ablate.main(["degradation", *TINY, "--variants", "plain-18,ResNet-34", "--log-every",
+                       "1", "--out", str(out)]) == 0
+    rows = [r.split(",") for r in (out / "degradation.csv").read_text().split()]
+    assert [r[:3] for r in rows[1:]] == [[n, "0", s] for n in ("plain-18", "ResNet-34")
+                                         for s in "12"]
+    text = (out / "degradation.md").read_text()
+    assert f"| plain-18 | {float(rows[2][3]):.2f} |" in text, "loss of the last 10 % of the steps"
+    kept = out / "plain-18_seed0" / "probe.json"
+    of, (before, after), layers = json.loads(kept.read_text())
+    assert before > 0 and after > 0 and before != after
+    assert len(layers) == 16, "18 layers less the first and the last are 3x3"
+    assert len(json.loads((out / "ResNet-34_seed0" / "probe.json").read_text())[2]) == 32
+    checkpoint = weights_of(out / "plain-18_seed0")
+    config = train.Config(**checkpoint["config"])
+    kept.write_text(json.dumps([of + 1, [0, 0], []]))
+    assert ablate.probe(config)[1] == layers, "the numbers of an earlier run in this folder"
+    assert config.plain and not config.adv and config.depth == 18
+    model, _, _ = train.load(out / "plain-18_seed0" / "checkpoint.pt", device="cpu")
+    with torch.no_grad():
+        image = next(train.evaluation_pictures(config, body)).image
+        e = model.encoder
+        x = e.bn1(e.conv1((image - model.mean) / model.std)).relu()
+        x = nn.functional.max_pool2d(x, 3, 2, 1)
+        block = e.layer1[0]
+        first = block.bn1(block.conv1(x))
+        second = block.bn2(block.conv2(first.relu()))
+    # the same operations in another order: relative to deviations of about 1
+    close(layers[:2], [first.std(), second.std()], 1e-4,
+          "after BN, before ReLU, in eval mode, in float32 whatever the training's precision")
+    assert size_of(out / "degradation.png") == (2 * 640, 420)
+    assert ablate.main(["degradation", *TINY, "--adv", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_a_chart_has_its_lines_where_they_belong():
+    chart = ablate.draw_chart("t", "x", [("up", "#ff0000", 3, [0, 10], [0, 10])])
+    red = (chart[0] > 0.8) & (chart[1:] < 0.2).all(0)                 # (H, W)
+    row, column = red[:, :490].nonzero(as_tuple=True)                 # left of the legend
+    slope = -(row.max() - row.min()) / (column.max() - column.min())
+    assert len(row) > 300 and column.min() < 70 and row.max() > 360, "from the lower left corner"
+    close(slope, -(370 - 35) / (625 - 60), 0.03, "straight to the upper right one")
+
+
+def test_a_whole_discriminator_trains_in_place_of_the_25(tmp_path):
+    assert ablate.main(["paper", *TINY, "--variants", "whole", "--out", str(tmp_path)]) == 0
+    weights = weights_of(tmp_path / "whole_seed0")["discriminator"]
+    assert len(weights) == 6, "the variant's D must be the one that trains"
+    before = ablate.whole_discriminator(train.Config(**weights_of(tmp_path / "whole_seed0")["config"]))
+    assert not torch.equal(weights["fc1.weight"], before.fc1.weight), "D has not learnt"
+
+
+# ============================================================================================
+# Several processes, and a GPU
+
+
+def one_process(rank: int, ranks: int, folder: str) -> None:
+    """Run train()'s first step on this rank's part of a fixed batch; keep the gradients it leaves.
+
+    float64, batch norm in eval mode, no dropout.  Each half of the batch has as many labels as the
+    other: denominators are each rank's own.
+    """
+    folder, B = Path(folder), 8
+    if ranks > 1:
+        train.dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                      world_size=ranks)
+    mine, kept = slice(rank * B // ranks, (rank + 1) * B // ranks), {}
+    build = train.build
+
+    def build_in_eval_mode(*args):
+        kept["E"] = build(*args).double().eval()
+        kept["E"].train = lambda mode=True: kept["E"]
+        return kept["E"]
+
+    def build_D():
+        kept["D"] = Discriminator().double()
+        return kept["D"]
+
+    def joined_batch(world, step):
+        assert world.batch_size == B // ranks and world.rank == rank
+        joined = batch(data.SyntheticPeople(world.smpl.float(), world.frames, B, 32, labels="all"),
+                       step)
+        world.smpl.double()
+        has_3d, has_smpl, visible = torch.zeros(B), torch.zeros(B), torch.ones(B, 19)
+        has_3d[[0, 1, 4, 7]], has_smpl[[1, 4]], visible[[2, 5], 3:] = 1, 1, 0
+        joined = joined._replace(has_3d=has_3d, has_smpl=has_smpl, visible=visible)
+        return data.Batch(*(field[mine].double() for field in joined))
+
+    def joined_motion(world, n, step):
+        rng = torch.Generator().manual_seed(1)
+        R = batch_rodrigues(torch.randn(n * ranks, 23, 3, generator=rng).double())
+        betas = torch.randn(n * ranks, 10, generator=rng).double()
+        return R[rank * n:(rank + 1) * n], betas[rank * n:(rank + 1) * n]
+    batch = data.SyntheticPeople.batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build", build_in_eval_mode)
+        patch.setattr(train, "Discriminator", build_D)
+        patch.setattr(train, "evaluation_pictures", lambda *_: iter([None]))
+        patch.setattr(train, "finish", lambda *_: {})
+        patch.setattr(data.SyntheticPeople, "batch", joined_batch)
+        patch.setattr(data.SyntheticPeople, "motion", joined_motion)
+        train.train(tiny(folder / "run", steps=1, batch=B, dropout=0.0, log_every=1))
+    torch.save({f"{name}.{key}": p.grad for name, module in kept.items()
+                for key, p in module.named_parameters()}, folder / f"rank{rank}.pt")
+    if ranks > 1:
+        train.dist.destroy_process_group()
+
+
+def test_two_processes_learn_what_one_learns_from_the_joined_batch(tmp_path, monkeypatch):
+    """A whole step of train(), E's and D's: L_adv through a wrapped D that is frozen, too."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")                    # no name to look up
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    one_process(0, 1, str(tmp_path / "one"))
+    torch.multiprocessing.spawn(one_process, (2, str(tmp_path / "two")), nprocs=2)
+    one = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
+    for rank in (0, 1):
+        two = torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True)
+        assert one.keys() == two.keys() and {key[0] for key in one} == {"E", "D"}
+        for key in one:                       # float64: only the order of sums differs
+            close(two[key], one[key], 1e-6 * one[key].abs().max().item(),
+                  f"{key}, rank {rank}: are the gradients averaged, once, of E and of D?")
+    rows = [dict(zip(*(line.split(",") for line in (tmp_path / f / "run" / "log.csv").read_text()
+                       .split()))) for f in ("one", "two")]
+    for column in train.Log.COLUMNS[1:10]:
+        close(float(rows[1][column]), float(rows[0][column]), 2e-5 * abs(float(rows[0][column])),
+              f"{column}: the log must show the joined batch's losses (6 digits are written)")
+    a, b = (weights_of(tmp_path / f / "run") for f in ("one", "two"))
+    assert a["model"].keys() == b["model"].keys() and \
+        a["discriminator"].keys() == b["discriminator"].keys(), "saved as `module.`?"
+
+
+def test_torchrun_trains_and_one_process_goes_on(tmp_path):
+    out = str(tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                str(HERE / "train.py"), "--small", "--device", "cpu", "--width", "8", "--size",
+                "32", "--steps", "2", "--eval-pictures", "2", "--log-every", "1", "--schedule",
+                "constant", "--out", out]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*torchrun, "--batch", "4"], env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loss_E") == 1, "rank 0 alone prints"
+    assert train.main(["--resume", "--out", out, "--steps", "3", "--device", "cpu"]) == 0
+    measured = (tmp_path / "run" / "metrics.json").read_bytes()
+    assert train.main(["--resume", "--out", out, "--eval-pictures", "2", "--device", "cpu"]) == 2
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == measured, "a finished run stays"
+    rows = (tmp_path / "run" / "log.csv").read_text().split()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
+    assert weights_of(tmp_path / "run")["opt_E"]["state"][0]["step"] == 3, "Adam starts again?"
+
+
+def test_several_processes_share_the_batch_evenly(monkeypatch):
+    monkeypatch.setattr(train, "rank_and_ranks", lambda: (1, 4))
+    config = train.make_config({}, {"size": 32, "batch": 12})
+    assert train.training_world(config, SMPL()).batch_size == 3
+    for batch in (10, 4):
+        with pytest.raises(ValueError, match="--batch .* multiple of the 4 processes"):
+            train.make_config({"batch": batch}, {})
+
+
+class HostTraffic(TorchDispatchMode):
+    """Names the operations that make the program wait for a GPU, or send it numbers."""
+    WAITS = ("_local_scalar_dense", "nonzero", "repeat_interleave", "equal")  # results on the host
+    COPIES = ("lift_fresh",)                      # of numbers written in Python: lists, new_tensor
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        devices = {x.device.type for x in tensors if x.ndim}          # a number may come along
+        name = operation.overloadpacket.__name__
+        if len(devices) > 1 or name in self.WAITS + self.COPIES:
+            self.found.append(name)
+        return result
+
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+@pytest.mark.skipif(not (2, 6) <= TORCH <= (2, 15), reason="reads names of PyTorch's dispatcher, "
+                    "which may change: known for 2.6 to 2.15")
+@pytest.mark.parametrize("look", ["plain", "hard"])
+def test_only_the_renderer_waits_for_the_gpu(look, body, monkeypatch):
+    """On "meta": a step asks for all its work at once, and a GPU is never left idle by the host."""
+    # "meta" has no random generators
+    monkeypatch.setattr(data.SyntheticPeople, "generator", lambda *_, **__: None)
+    config = train.make_config({"size": 32, "batch": 4, "width": 8, "look": look}, train.SMALL)
+    model = HMR(SMPL(), 18, 3, 8, rotation="6d").to("meta")
+    D = Discriminator().to("meta")
+    world = data.SyntheticPeople(model.smpl, data.load_mocap(True, False), 4, 32, look)
+    players = [torch.optim.SGD(net.parameters(), 1e-3) for net in (model, D)]
+
+    def step():
+        train.train_step(model, D, *players, world.batch(0), world.motion(12, 0), config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "render", lambda vertices, *_: torch.zeros(4, 3, 32, 32, device="meta"))
+        with HostTraffic() as host:
+            step()
+    assert host.found == [], "waits or copies in every step: an index list? new_tensor? .item()?"
+    people = data.SyntheticPeople(body, data.load_mocap(True, False), 4, 32, look)
+    with HostTraffic() as host:
+        people.batch(1)
+    assert sorted(host.found) == ["nonzero"] * 3 + ["repeat_interleave"], "more waits than before"
+
+
+def test_everything_runs_where_its_inputs_are():
+    """On "meta", a device that only checks shapes and devices: what a GPU would complain about."""
+    model, D = HMR(SMPL(), depth=18, width=8).to("meta"), Discriminator().to("meta")
+    body, pose = model.smpl, torch.zeros(2, 72, device="meta")
+    thetas, out = model(torch.zeros(2, 3, 64, 64, device="meta"))
+    visible, has = out.keypoints2d[..., 0], out.betas[:, 0]
+    losses = (hmr.keypoint_loss(out.keypoints2d, out.keypoints2d, visible)
+              + hmr.joints3d_loss(out.keypoints3d, out.keypoints3d, has)
+              + hmr.smpl_loss(out.rotmats, out.betas, out.rotmats, out.betas, has)
+              + hmr.encoder_adversarial_loss(D(out.rotmats[:, 1:], out.betas)))
+    assert losses.device.type == "meta" and body(out.betas, pose).vertices.device.type == "meta"
+    assert data.mirror_pose(pose.view(2, 24, 3)).device.type == "meta"
+    aligned = train.compute_similarity_transform(out.keypoints3d, out.keypoints3d)
+    assert aligned.device.type == "meta"
+
+
+def test_float32_is_float32_even_where_the_machine_allows_tf32(body):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")        # as NVIDIA's containers have it
+        torch.backends.cudnn.allow_tf32 = True            # as PyTorch has it
+        train.build(tiny(Path("x")), body)
+        assert torch.get_float32_matmul_precision() == "highest", "SMPL would be off by 1 mm"
+        assert not torch.backends.cudnn.allow_tf32, "--amp off would not be float32 on a GPU"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+# ============================================================================================
+# Bad input, and the commands that README shows
+
+
+def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys):
+    out = tmp_path / "run"
+    (out).mkdir()
+    (out / "log.csv").write_text("mine")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    torch.save({1: 2}, tmp_path / "numbers.pt")
+    settings = dataclasses.asdict(train.Config()) | {"size": "a"}
+    torch.save({key: settings for key in ("model", "discriminator", "opt_E", "opt_D", "config",
+                                          "step", "body", "rng", "seconds")}, tmp_path / "types.pt")
+    small = ["--small", "--device", "cpu"]
+    for arguments, sentence in [
+            ([*small, "--out", str(out)], "--resume"),
+            ([*small, "--resume", "--out", str(tmp_path / "no")], "no such file"),
+            (["--eval", str(tmp_path / "junk.pt")], "not a readable checkpoint"),
+            (["--eval", str(tmp_path / "other.pt")], "not a checkpoint of this version"),
+            (["--eval", str(tmp_path / "junk.pt"), "--small"], "--small"),
+            ([*small, "--batch", "1", "--out", str(tmp_path / "x")], "--batch"),
+            ([*small, "--seed", "-1", "--out", str(tmp_path / "x")], "--seed"),
+            ([*small, "--lr-d", "nan", "--out", str(tmp_path / "x")], "--lr-d"),
+            ([*small, "--out", str(tmp_path / "junk.pt" / "x"), "--steps", "1", "--batch", "2"],
+             "Not a directory"),
+            ([*small, "--dropout", "1.5", "--out", str(tmp_path / "x")], "--dropout"),
+            ([*small, "--smpl", "absent.pkl", "--out", str(tmp_path / "y")], "absent.pkl"),
+            ([*small, "--lr", "1", "--out", str(tmp_path / "y")], "--lr-scratch"),
+            ([*small, "--lr-scratch", "inf", "--out", str(tmp_path / "y")], "below"),
+            ([*small, "--size", "1000000000", "--out", str(tmp_path / "y")], "--size smaller"),
+            (["--eval", str(tmp_path)], "no such file"),
+            (["--eval", str(tmp_path / "numbers.pt")], "not a checkpoint of this version"),
+            (["--eval", str(tmp_path / "types.pt")], "not a checkpoint of this version"),
+            ([*small, "--pretrained", str(tmp_path / "numbers.pt"), "--out", str(tmp_path / "z")],
+             "--pretrained"),
+            ([*small, "--pretrained", str(tmp_path / "other.pt"), "--out", str(tmp_path / "z")],
+             "--pretrained")]:
+        assert train.main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert sentence in error and "Traceback" not in error and error.count("\n") == 1, error
+    assert (out / "log.csv").read_text() == "mine"
+    for arguments in (["--smal"], ["--lr", "fast"], ["--depth", "19"], ["--look", "nice"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+        assert stop.value.code == 2
+
+
+def test_every_demo_reports_bad_input_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smpl_module, "OPEN_BODY", tmp_path / "absent.npz")
+    monkeypatch.setattr(hmr, "RESNETS", {})                           # skip hmr.py's slow table
+    for name, main in (("smpl.py", smpl_module.main), ("hmr.py", hmr.main), ("data.py", data.main)):
+        assert main([]) == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith(f"{name}: ") and "absent.npz" in error and error.count("\n") == 1
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert smpl_module.exit_status("train.py", full) == 2 and "--batch" in capsys.readouterr().err
+
+
+def test_the_tests_that_the_readme_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text(encoding="utf-8")))
+    missing = {name for name in named if name not in vars(test_hmr) | globals()}
+    assert len(named) > 10 and not missing, f"README names tests that do not exist: {missing}"
+
+
+def readme_commands() -> list[str]:
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python ")]
+
+
+def test_readmes_commands_run(tmp_path, monkeypatch):
+    commands = readme_commands()
+    for script in ("smpl.py", "hmr.py", "data.py", "train.py --small"):
+        assert any(script in c for c in commands), f"README must show {script}"
+    monkeypatch.chdir(tmp_path)
+    mains = {"smpl.py": smpl_module.main, "hmr.py": hmr.main, "data.py": data.main}
+    for command in dict.fromkeys(commands):
+        _, script, *arguments = shlex.split(command)
+        if "FILE" in command or script == "-m":
+            continue                          # needs the licensed body; long, and tested elsewhere
+        if "--help" in command:
+            with pytest.raises(SystemExit):
+                train.main(["--help"])
+            continue
+        if script in mains:
+            assert mains[script](arguments) == 0, command
+            continue
+        short = ["--device", "cpu", "--steps", "2", "--batch", "2", "--eval-pictures", "2"]
+        if "--small" not in command:
+            short += ["--size", "32", "--depth", "18", "--width", "8", "--pretrained", "none"]
+        if "--eval" in command:
+            arguments, short = ["--eval", "runs/small/checkpoint.pt"], []
+        if "--resume" in command:             # the run above is finished
+            assert train.main(arguments) == 2
+            continue
+        if "--overfit" in command:
+            short += ["--out", "runs/overfit"]
+        assert train.main([*arguments, *short]) == 0, command
+    metrics = json.loads((tmp_path / "runs/small/metrics.json").read_text())
+    keys = {"mpjpe", "pa_mpjpe", "pve", "pck", "auc", "px", "outside", "mocap", "beta3"}
+    assert keys | {"per_iteration", "baseline", "truth", "heads", "seconds", "images", "device",
+                   "precision", "torch", "seed", "config"} == set(metrics)
+    assert set(metrics["baseline"]) == keys and len(metrics["per_iteration"]) == 3
+    assert (tmp_path / "runs/small/picture.png").is_file()
