@@ -4,8 +4,7 @@ Chapter 3 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR trains on photog
 keypoints, some with 3D, and on motion capture that belongs to no picture (Sec. 3.2, 4).  All of
 those are licensed; here people are drawn instead: recorded motion poses an open body, a camera is
 drawn, a small renderer makes the picture and every label is known exactly.  Half of the pictures
-then "forget" their 3D, as in the paper.  The one chapter whose leaf, the renderer, comes last: it
-is graphics, not HMR, and can be skipped.
+then "forget" their 3D, as in the paper.  The leaf, the renderer, comes last: it is not HMR.
 
 Axes:  B pictures   M recorded frames   V vertices   F triangles   H = W = size in pixels
        19 keypoints   24 joints   26 parts of the clothes
@@ -18,6 +17,7 @@ mirroring a picture is exactly x -> -x.
 """
 
 import argparse
+import functools
 import io
 import math
 import sys
@@ -27,7 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision.utils
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate, normalize
 
 from hmr import project
 from smpl import FLIP_JOINTS, SMPL, batch_rodrigues, exit_status, lbs, write_atomically
@@ -44,21 +45,14 @@ LIMBS = ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11
          (12, 15))
 
 
-def load_mocap(upright: bool, held_out: bool, path: str | Path = MOCAP) -> Tensor:
+def load_mocap(upright: bool, held_out: bool) -> Tensor:
     """Frames of the training or the held-out clips -> (M, 24, 3) axis-angle, SMPL's y-up frame."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; restore assets/ or remake it with "
-                                f"assets/make_assets.py")
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(MOCAP, allow_pickle=False) as file:
         clips = {name: file[name] for name in file.files}
     if held_out:
         names = [n for n in HELD_OUT if not (upright and n == "roll")]
     else:
         names = UPRIGHT if upright else [n for n in sorted(clips) if n not in HELD_OUT]
-    missing = [n for n in names if n not in clips]
-    if missing:
-        raise ValueError(f"{path}: lacks the clips {', '.join(missing)}; remake it with "
-                         f"assets/make_assets.py")
     frames = np.concatenate([clips[n] for n in names]).astype(np.float32)         # (M, 72)
     return torch.from_numpy(frames).view(-1, 24, 3)
 
@@ -84,9 +78,8 @@ class Batch(NamedTuple):
     rotmats: Tensor           # (B, 24, 3, 3) root in the camera frame
     betas: Tensor             # (B, 10)
     has_3d: Tensor            # (B,) 1 = keypoints3d is a label  (the paper's indicator "1")
-    # (B,) 1 = rotmats and betas are labels.  Apart from has_3d because real data differ in it
-    # (H3.6M has both, 3DHP only joints); in this world the two are always equal.
-    has_smpl: Tensor
+    has_smpl: Tensor          # (B,) 1 = rotmats and betas are labels; has_3d's equal in this world,
+    #                           not in real data: H3.6M has both kinds of labels, 3DHP only joints
     cam: Tensor               # (B, 3) the true camera; never a label, for the baseline and tests
 
 
@@ -113,7 +106,7 @@ def face_parts(smpl: SMPL) -> Tensor:
     part = smpl.weights[smpl.faces].sum(1).argmax(1)                  # (F,) strongest joint
     corners = smpl.v_template[smpl.faces]                             # (F, 3, 3)
     sides = corners[:, 1:] - corners[:, :1]                           # (F, 2, 3)
-    normal = nn.functional.normalize(torch.linalg.cross(*sides.unbind(1), dim=-1), dim=-1)  # (F, 3)
+    normal = normalize(torch.linalg.cross(*sides.unbind(1), dim=-1), dim=-1)  # (F, 3)
     torso = (part[:, None] == part.new_tensor([3, 6, 9, 13, 14])).any(1)
     part = torch.where(torso & (normal[:, 2] < 0), TORSO_BACK, part)
     hair = (part == 15) & ((normal[:, 2] < 0) | (normal[:, 1] > 0.75))
@@ -199,7 +192,7 @@ class SyntheticPeople:
 
     @torch.no_grad()
     def batch(self, step: int) -> Batch:
-        """Picture number step * B to step * B + B - 1 of this world, with all labels."""
+        """The world's step-th B pictures, labelled as `labels` says."""
         B, rng = self.batch_size, self.generator(step)
         rotmats = batch_rodrigues(self.poses(B, rng))                 # (B, 24, 3, 3)
         # from the left: the camera turns the whole recorded person, leaning or lying as recorded
@@ -243,14 +236,10 @@ class SyntheticPeople:
 
     def _draw(self, vertices: Tensor, cam: Tensor, rng: torch.Generator) -> Tensor:
         B, size = len(vertices), self.size
-
-        def rand(*shape):
-            return torch.rand(shape, generator=rng, device=self.device)
-
-        def randn(*shape):
-            return torch.randn(shape, generator=rng, device=self.device)
+        rand, randn = (functools.partial(draw, generator=rng, device=self.device)
+                       for draw in (torch.rand, torch.randn))
         # light from the camera's side, mostly from above
-        light = nn.functional.normalize(0.6 * randn(B, 3) + self.light, dim=-1)   # (B, 3)
+        light = normalize(0.6 * randn(B, 3) + self.light, dim=-1)     # (B, 3)
         pattern = None
         if self.look == "plain":
             table = (self.suit + 0.12 * (rand(B, PARTS, 3) - 0.5)).clamp(0, 1)    # (B, 26, 3)
@@ -262,7 +251,7 @@ class SyntheticPeople:
             background = paste_rectangles(background, rand(B, 6, 8))
             # stripes across the body: 6 to 46 radians a metre, a wave of 14 to 105 cm
             frequency = 6 + 40 * rand(B, 1)                           # (B, 1)
-            direction = nn.functional.normalize(randn(B, 3, 1), dim=1)            # (B, 3, 1)
+            direction = normalize(randn(B, 3, 1), dim=1)            # (B, 3, 1)
             wave = frequency * (self.smpl.v_template @ direction)[..., 0]         # (B, V)
             pattern = 1 + 0.35 * rand(B, 1) * wave.sin()              # (B, V)
         image = render(vertices, self.smpl.faces, cam, size, table[:, self.parts],
@@ -287,11 +276,10 @@ class SyntheticPeople:
 
 def smooth_noise(grid: Tensor, size: int) -> Tensor:
     """A coarse random grid (B, 3, g, g) blown up to (B, 3, size, size)."""
-    return nn.functional.interpolate(grid, (size, size), mode="bilinear", align_corners=True)
+    return interpolate(grid, (size, size), mode="bilinear", align_corners=True)
 
 
-def paste_rectangles(image: Tensor, draws: Tensor, biggest: float = 0.6,
-                     chance: float = 0.7) -> Tensor:
+def paste_rectangles(image: Tensor, draws: Tensor, biggest=0.6, chance=0.7) -> Tensor:
     """Flat rectangles over a picture: image (B, 3, H, W), uniform draws (B, n, 8) -> image."""
     size = image.shape[-1]
     p = (torch.arange(size, device=image.device) + 0.5) / size        # (W,)
@@ -307,17 +295,16 @@ def paste_rectangles(image: Tensor, draws: Tensor, biggest: float = 0.6,
 # --------------------------------------------------------------------------------------------
 # 3. The renderer: an orthographic z-buffer in plain torch
 #
-# Every triangle looks only at the pixels of its own bounding box.  Where an object-oriented
-# renderer would loop over triangles, then over each one's pixels, here all (triangle, pixel) pairs
-# of all bodies are listed in one go.  One triangle t, whose box is 3 pixels wide and 2 high:
+# Every triangle looks only at the pixels of its own bounding box, and the (triangle, pixel) pairs
+# of all bodies are listed in one go.  One triangle, f, whose box is 3 pixels wide and 2 high:
 #
-#      x0        place = 0 1 2 3 4 5      its pairs, counted within the box
-#   y0 . /\      dx    = 0 1 2 0 1 2      = place mod 3: columns from the box's first, x0
-#      /__\      dy    = 0 0 0 1 1 1      = place // 3:  rows from the box's first, y0
-#                inside? . x . x x x      the others are dropped
-#   bid = [depth, nearest = smallest | t], one integer; each pixel keeps the smallest bid on it, so
-#   that one scatter-min settles all depth tests, and its low bits say which triangle won.
+#       x0          place    0 1 2 3 4 5    its pairs, numbered within the box
+#    y0 .  /\  .    dx       0 1 2 0 1 2    = place mod 3, columns from the box's first, x0
+#       /______\    dy       0 0 0 1 1 1    = place // 3, rows from the box's first, y0
+#                   inside   . x . x x x    the other pairs are dropped
+#    bid = [depth: nearest = smallest | f] in one integer: high bits decide, low bits say who won
 #
+# Each pixel keeps the smallest bid made for it: one scatter-min settles all depth tests.
 # Lists whose length depends on the data make the program wait for a GPU, here in four places a
 # batch (nonzero, repeat_interleave).  Nothing else in a training step does, until a log line.
 
@@ -422,7 +409,8 @@ def render(vertices: Tensor, faces: Tensor, cam: Tensor, size: int, color: Tenso
     # of corner k: its next and previous ones are k + 1 and k - 1, so roll by -1 and by 1
     w = x.roll(-1, 1) * y.roll(1, 1) - x.roll(1, 1) * y.roll(-1, 1)   # (P, 3)
     w = (w / w.sum(1, keepdim=True))[:, None]                         # (P, 1, 3)
-    normal = nn.functional.normalize((w @ at_corners(vertex_normals(vertices, faces)))[:, 0], dim=-1)  # (P, 3)
+    normal = (w @ at_corners(vertex_normals(vertices, faces)))[:, 0]  # (P, 3)
+    normal = normalize(normal, dim=-1)                                # (P, 3)
     if light is None:                       # over the viewer's left shoulder; y is down
         light = vertices.new_tensor([[-0.4, -0.5, -0.77]]).expand(B, 3)
     shade = 0.35 + 0.65 * (normal * light[b]).sum(-1, keepdim=True).clamp(min=0)      # (P, 1)
@@ -466,9 +454,9 @@ def draw_mesh(vertices: Tensor, faces: Tensor, cam: Tensor, size: int,
     B = len(vertices)
     if background is None:
         background = torch.ones(B, 3, size, size, device=vertices.device)
-    big = nn.functional.interpolate(background, (2 * size, 2 * size), mode="bilinear", align_corners=False)
+    big = interpolate(background, (2 * size, 2 * size), mode="bilinear")
     color = vertices.new_tensor(SKIN).expand(len(faces), 3)
-    return nn.functional.avg_pool2d(render(vertices, faces, cam, 2 * size, color, big), 2)
+    return avg_pool2d(render(vertices, faces, cam, 2 * size, color, big), 2)
 
 
 def side_view(vertices: Tensor) -> Tensor:
@@ -478,10 +466,9 @@ def side_view(vertices: Tensor) -> Tensor:
     return torch.stack([-z, y, x], -1) + middle
 
 
-def look_at(image: Tensor, vertices: Tensor, faces: Tensor, cam: Tensor,
-            size: int = 224) -> Tensor:
+def look_at(image: Tensor, vertices: Tensor, faces: Tensor, cam: Tensor, size: int = 224) -> Tensor:
     """input | overlay | turned 90 degrees, one row a body -> (3, B * size, 3 * size)."""
-    image = nn.functional.interpolate(image.float(), (size, size), mode="bilinear", align_corners=False)
+    image = interpolate(image, (size, size), mode="bilinear")         # (B, 3, size, size)
     overlay = draw_mesh(vertices, faces, cam, size, image)
     turned = draw_mesh(side_view(vertices), faces, cam, size)
     return torch.cat([torch.cat(list(part), 1) for part in (image, overlay, turned)], 2)
@@ -510,30 +497,26 @@ def render_row(vertices: Tensor, faces: Tensor, size: int = 320, joints: Tensor 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the open body and labelled samples.")
     parser.add_argument("--out", default="out", help="folder for body.png and data.png")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: expected 0 or more")
-    return exit_status("data.py", lambda: _demo(Path(args.out), args.seed))
+    return exit_status("data.py", lambda: _demo(Path(args.out)))
 
 
-def _demo(out: Path, seed: int) -> None:
+def _demo(out: Path) -> None:
     smpl, rows = SMPL(), []
     for look, upright, size in (("plain", True, 64), ("hard", False, 224)):
         frames = load_mocap(upright, held_out=False)
-        batch = SyntheticPeople(smpl, frames, 16, size, look, seed).batch(0)
-        print(f"look {look!r:8s} {size} px: image {tuple(batch.image.shape)}, "
-              f"{batch.visible.mean():.0%} of keypoints labelled, "
+        batch = SyntheticPeople(smpl, frames, 16, size, look).batch(0)
+        print(f"look {look!r:8s} {size} px: {batch.visible.mean():.0%} of keypoints labelled, "
               f"{batch.has_3d.mean():.0%} of pictures with 3D, {len(frames)} mocap frames")
-        image = nn.functional.interpolate(batch.image, (224, 224), mode="nearest")
+        image = interpolate(batch.image, (224, 224), mode="nearest")
         drawn = [draw_points(i, k, visible=v) if n % 2 else i for n, (i, k, v) in
                  enumerate(zip(image, batch.keypoints2d, batch.visible))]
         rows += [torch.cat(drawn[:8], 2), torch.cat(drawn[8:], 2)]
     save_png(out / "data.png", torch.cat(rows, 1))
     save_png(out / "body.png", _body_sheet(smpl))
-    print(f"wrote {out / 'data.png'}: --small's world above, the full world below\n"
-          f"wrote {out / 'body.png'}: betas 0, 1, 2 = -3, 0, 3; held-out motion; a knee bent hard, "
-          f"by skinning alone | with pose blend shapes")
+    print(f"wrote {out / 'data.png'}: --small's world above, the full world below; and "
+          f"{out / 'body.png'}: betas 0, 1, 2\n= -3, 0, 3; held-out motion; a knee bent hard, by "
+          f"skinning alone | with pose blend shapes")
 
 
 def _body_sheet(smpl: SMPL, size: int = 200) -> Tensor:
@@ -543,10 +526,10 @@ def _body_sheet(smpl: SMPL, size: int = 200) -> Tensor:
     body = smpl(betas, torch.zeros(9, 72))
     shapes = render_row(body.vertices, smpl.faces, size, body.joints, height=2.3)
     frames = load_mocap(upright=True, held_out=True)                  # (M, 24, 3)
-    body = smpl(torch.zeros(7, 10), frames[[n * len(frames) // 14 for n in range(1, 14, 2)]])
+    body = smpl(torch.zeros(7, 10), frames[len(frames) // 14::len(frames) // 7][:7])
     motion = render_row(body.vertices, smpl.faces, size, body.joints, height=2.3)
     bend = torch.zeros(1, 24, 3)
-    bend[0, 4, 0], bend[0, 1, 0], bend[0, 0, 1] = 1.9, -1.2, -1.2     # left knee, hip, from the side
+    bend[0, 4, 0], bend[0, 1, 0], bend[0, 0, 1] = 1.9, -1.2, -1.2     # left knee, hip; turned
     body = smpl(torch.zeros(1, 10), bend)
     alone, _ = lbs(torch.zeros(1, 10), batch_rodrigues(bend), smpl.v_template, smpl.shapedirs,
                    torch.zeros_like(smpl.posedirs), smpl.J_regressor, smpl.parents, smpl.weights)

@@ -1117,6 +1117,30 @@ def test_mirroring_is_exactly_x_to_minus_x(body):
     assert (a != b.flip(-1)).sum() <= 2, "pixel i must be sampled at i + 0.5"
 
 
+def test_a_lying_person_lies_under_any_heading(body):
+    """The camera turns the whole recorded person: R_camera @ R_recorded, not the reverse."""
+    frames = data.load_mocap(upright=False, held_out=True)
+    up = batch_rodrigues(frames[:, 0])[:, :, 1]                       # (M, 3) where the head points
+    lying = up[:, 1].abs().argmin()
+    world = data.SyntheticPeople(body, frames[lying:lying + 1], 64, 4, labels="all", mix=False)
+    axis = world.batch(0).rotmats[:, 0, :, 1]                         # (B, 3) the same, camera
+    # the camera tilts by 5 degrees (one standard deviation), four of which are 0.35
+    close(axis[:, 1], -up[lying, 1].expand(64), 0.35, "the angle to the vertical is the recorded")
+    quadrants = {(x > 0, z > 0) for x, z in axis[:, [0, 2]].tolist()}
+    assert len(quadrants) == 4, "lying in ONE direction of the camera: multiplied from the right"
+
+
+def test_clothes_have_stripes_that_pixels_can_show(body, monkeypatch):
+    drawn, render = [], data.render
+    monkeypatch.setattr(data, "render", lambda *args: drawn.append(args[7]) or render(*args))
+    data.SyntheticPeople(body, data.load_mocap(True, False), 64, 16, "hard").batch(0)
+    (pattern,) = drawn                                                # (B, V)
+    z = (pattern - pattern.mean(1, keepdim=True)) / pattern.std(1, keepdim=True)
+    neighbours = (z[:, body.faces[:, 0]] * z[:, body.faces[:, 1]]).mean()
+    # 3 cm apart, at 6 to 46 radians a metre: cos(0.8) = 0.7; noise has 0
+    assert neighbours > 0.5, f"neighbouring vertices correlate by {neighbours:.2f}: noise, no stripes"
+
+
 def test_a_batch_is_a_function_of_seed_step_and_rank(body):
     frames = data.load_mocap(True, False)
     make = lambda **k: data.SyntheticPeople(body, frames, 6, 16, look="hard", **k)
@@ -1267,16 +1291,24 @@ def test_monstrosity_is_0_for_recorded_bodies_and_100_for_absurd_ones(body):
     assert outside.mean() < 2, f"{outside.mean()} % of true, held-out rotations are called absurd"
 
 
-def test_evaluation_is_in_eval_mode_and_training_mode_comes_back(body, monkeypatch):
-    model, modes = HMR(body, depth=18, width=8).train(), []
+def test_evaluation_is_in_eval_mode_and_float32_and_training_goes_on_as_before(body, monkeypatch):
+    model, modes, decoded = HMR(body, depth=18, width=8, amp=torch.bfloat16).train(), [], []
     model.register_forward_pre_hook(lambda m, _: modes.append(
         any(part.training for part in m.modules())))
-    monkeypatch.setattr(train, "mean_camera", lambda *_: torch.tensor([[0.9, 0, 0]]))
+    model.encoder.register_forward_hook(lambda *_: modes.append(torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(model, "decode", lambda theta, vertices=False: decoded.append(theta) or
+                        HMR.decode(model, theta, vertices))
+    guess = torch.tensor([[1.3, 0.2, -0.1]])
+    monkeypatch.setattr(train, "mean_camera", lambda *_: guess)
     config = tiny(Path("x"))
     train.overlays(model, next(train.evaluation_pictures(config, body)))
     assert model.training, "after a picture, training must go on in train mode"
+    decoded.clear()
     train.evaluate(model, config)
-    assert modes == [False, False], "batch norm and dropout must be in eval mode: model.eval()"
+    assert modes == [False, True, False, False], "model.eval(), and measures without bf16"
+    assert model.amp == torch.bfloat16, "training's precision must come back"
+    close(decoded[1][:, :3], guess.expand(4, 3), 0, "the baseline stands where people stand on "
+          "average: Theta-bar's own camera would flatter the network")
 
 
 # ============================================================================================
@@ -1419,13 +1451,13 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, capsys):
     batch = data.SyntheticPeople.batch
 
     def press_ctrl_c(world, step):
-        if step == 3:
+        if step == 2:
             signal.raise_signal(signal.SIGINT)
         return batch(world, step)
     monkeypatch.setattr(data.SyntheticPeople, "batch", press_ctrl_c)
     assert train.main([*arguments, "--out", parts]) == 130
     assert "--resume" in capsys.readouterr().err
-    assert weights_of(tmp_path / "parts")["step"] == 4, "the step under way is finished first"
+    assert weights_of(tmp_path / "parts")["step"] == 3, "the step under way is finished first"
     monkeypatch.setattr(data.SyntheticPeople, "batch", batch)
     with open(tmp_path / "parts" / "log.csv", "a") as log:            # died after its checkpoint
         log.write("6" + ",0" * 11 + "\n")
@@ -1438,6 +1470,7 @@ def test_resuming_is_bit_identical(tmp_path, monkeypatch, capsys):
         assert same(a[key], b[key]), f"{key} differs after resuming (dropout's RNG? Adam's state?)"
     logs = [[r.split(",")[:10] for r in (tmp_path / f / "log.csv").read_text().split()]
             for f in ("whole", "parts")]
+    del logs[0][2]              # stopped between two lines: 4's mean would be over one step
     assert logs[0] == logs[1], "the log must go on where it stopped"
     assert not list(tmp_path.glob("*/.*")), "temporary files left behind"
     for flags, sentence in ((["--depth", "34"], "--depth"), ([], "already done 6"),
@@ -1479,6 +1512,85 @@ def test_the_defaults_are_the_official_recipe():
     assert (c.weight_kp, c.weight_joints, c.weight_smpl, c.weight_adv) == (60, 60, 60, 1)
     assert (c.dropout, c.schedule, c.rotation) == (0.5, "constant", "axis-angle")
     assert c.steps == 667_589, "the released checkpoint's"
+
+
+def test_a_trained_model_loads_for_use_from_python(tmp_path, body):
+    config = tiny(tmp_path / "run", steps=1)
+    metrics = train.train(config)
+    model, D, loaded = train.load(tmp_path / "run" / "checkpoint.pt", device="cpu")
+    assert loaded == config and not model.training and model.amp is None
+    again = train.evaluate(model, loaded, D)
+    assert again["mpjpe"] == metrics["mpjpe"] and again["heads"] == metrics["heads"]
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        train.load(tmp_path / "absent.pt")
+    with np.load(OPEN_BODY) as file:
+        np.savez(tmp_path / "other.npz", **{**file, "v_template": file["v_template"] + 1})
+    with pytest.raises(ValueError, match="trained with body.npz"):
+        train.load(tmp_path / "run" / "checkpoint.pt", smpl=tmp_path / "other.npz")
+
+
+def test_the_defaults_say_where_and_in_which_precision_they_run():
+    config = train.settle(train.Config())
+    assert config.out == "runs/full" and "auto" not in (config.device, config.amp)
+    assert train.settle(config) == config
+
+
+# ============================================================================================
+# On a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@gpu
+def test_a_small_step_on_the_gpu_has_the_cpus_losses(body):
+    config = train.Config(**train.SMALL | dict(batch=8, size=48, amp="off", device="cuda"))
+    world = data.SyntheticPeople(body, data.load_mocap(True, False), 8, 48)
+    batch, motion, losses = world.batch(0), world.motion(24, 0), []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        players = train.build(config, SMPL()).to(device).train(), Discriminator().to(device)
+        optimisers = [torch.optim.Adam(player.parameters(), 1e-3) for player in players]
+        losses.append(train.train_step(*players, *optimisers, data.Batch(*(
+            part.to(device) for part in batch)), tuple(part.to(device) for part in motion), config))
+    for name, cpu, cuda in zip(train.Losses._fields, *losses):
+        # float32 convolutions by other algorithms, 18 layers of batch norm over 8 pictures
+        close(cuda.cpu(), cpu, 1e-2 * abs(cpu.item()), f"{name} on the GPU")
+
+
+@gpu
+def test_the_gpu_renders_the_same_picture(body):
+    world = data.SyntheticPeople(body, data.load_mocap(True, False), 8, 64, labels="all")
+    batch = world.batch(0)
+    out = body(batch.betas, batch.rotmats)
+    color, empty = torch.rand(len(body.faces), 3), torch.zeros(8, 3, 64, 64)
+    arguments = (out.vertices, body.faces, batch.cam)
+    cpu = data.render(*arguments, 64, color, empty)
+    cuda = data.render(*(a.cuda() for a in arguments), 64, color.cuda(), empty.cuda()).cpu()
+    # where a pixel's centre lies on an edge, rounding decides which of two triangles is seen
+    share = ((cpu - cuda).abs().amax(1) > 0.02).float().mean().item()
+    assert share < 0.002, f"{share:.2%} of the pixels differ"
+
+
+@gpu
+def test_a_run_on_the_gpu_goes_on_and_is_measured_on_both(tmp_path, capsys):
+    out, common = str(tmp_path / "run"), ["--save-every", "1", "--eval-pictures", "64"]
+    assert train.main(["--small", "--device", "cuda", "--batch", "8", "--steps", "2", "--schedule",
+                       "constant", "--out", out, *common]) == 0
+    assert train.main(["--resume", "--out", out, "--steps", "4", "--device", "cuda"]) == 0
+    assert weights_of(tmp_path / "run")["step"] == 4
+    errors = []
+    for device in ("cpu", "cuda"):
+        model, D, config = train.load(tmp_path / "run" / "checkpoint.pt", device=device)
+        assert next(model.parameters()).device.type == device
+        errors.append(train.evaluate(model, config, D)["mpjpe"])
+    close(errors[1], errors[0], 0.1, "MPJPE, mm, of one checkpoint on the same pictures")
+
+
+@gpu
+def test_a_run_of_the_cpu_is_measured_on_the_gpu(tmp_path, capsys):
+    train.train(tiny(tmp_path / "run", steps=1))
+    assert train.main(["--eval", str(tmp_path / "run" / "checkpoint.pt"), "--device", "cuda"]) == 0
+    assert "Theta-bar" in capsys.readouterr().out
 
 
 def test_importing_runs_nothing():
