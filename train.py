@@ -16,7 +16,6 @@ Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import datetime
 import io
@@ -34,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch, SyntheticPeople, load_mocap, look_at, mirror_pose, save_png
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
@@ -192,15 +190,15 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
     Ctrl-C, once the run is saved, KeyboardInterrupt with the sentence that says how to go on.
     """
     config = settle(config)
-    out, device = Path(config.out), torch.device(config.device)
+    out = Path(config.out)
     if not checkpoint and any((out / name).exists() for name in ("checkpoint.pt", "log.csv")):
         raise ValueError(f"--out {out}: holds a run already; name another folder, or go on with it "
                          f"(if it has a checkpoint.pt) by --resume --out {out}")
     rank, ranks = rank_and_ranks()                                    # 0, 1 unless by torchrun
     torch.manual_seed(config.seed + rank)                             # initialisation and dropout
-    smpl = SMPL(config.smpl or None).to(device)
+    smpl = SMPL(config.smpl or None).to(config.device)
     model = build(config, smpl)
-    D = (Discriminator() if D is None else D).to(device)
+    D = (Discriminator() if D is None else D).to(config.device)
     lr = config.lr_scratch if config.pretrained == "none" else config.lr
     world = training_world(config, smpl)
     # Adam with its usual betas (fused: one kernel, the same up to rounding); no weight decay.
@@ -216,7 +214,8 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
     model.train(), D.train()
     players = [model, D]
     if ranks > 1:                 # SMPL's buffers never change, of batch norm's only rank 0's count
-        players = [DistributedDataParallel(net, broadcast_buffers=False) for net in players]
+        players = [nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+                   for net in players]
     with finish_the_step_first() as pressed:                          # on Ctrl-C
         for step in range(log.start, config.steps):
             for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
@@ -234,7 +233,7 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
                 raise KeyboardInterrupt(f"stopped and saved; go on with  python train.py --resume "
                                         f"--out {out}")
     metrics = finish(model, D, shown, log) if rank == 0 else {}
-    if dist.is_initialized():
+    if ranks > 1:
         dist.barrier()                                                # all leave together
     return metrics
 
@@ -428,8 +427,8 @@ def load_pretrained(encoder: nn.Module, config: Config) -> None:
         return
     if config.pretrained == "imagenet":
         try:
-            weights = torchvision.models.get_model_weights(f"resnet{config.depth}")["IMAGENET1K_V1"]
-            weights = weights.get_state_dict(progress=False, check_hash=True)
+            weights = torchvision.models.get_model(f"resnet{config.depth}", weights="IMAGENET1K_V1"
+                                                   ).state_dict()
         except Exception as error:
             raise ValueError(f"--pretrained imagenet: no weights ({type(error).__name__}); give "
                              f"--pretrained FILE, or none, which trains from scratch at the rate "
@@ -439,8 +438,8 @@ def load_pretrained(encoder: nn.Module, config: Config) -> None:
     try:                                        # all but torchvision's classifier
         encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
     except (RuntimeError, AttributeError):
-        raise ValueError(f"--pretrained {config.pretrained}: expected torchvision's names and sizes "
-                         f"for --depth {config.depth} and --width {config.width}") from None
+        raise ValueError(f"--pretrained {config.pretrained}: expected torchvision's names, and "
+                         f"sizes of depth {config.depth}, width {config.width}") from None
 
 
 def load_file(path: Path) -> dict:
@@ -533,7 +532,7 @@ class Log:
         self.values, self.path, self.rows = [], Path(config.out) / "log.csv", [self.COLUMNS]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if start and self.path.exists():        # a run that died after its last checkpoint: rewind
-            _, *rows = csv.reader(self.path.read_text().splitlines())
+            rows = [line.split(",") for line in self.path.read_text().splitlines()[1:]]
             self.rows += [row for row in rows if int(row[0]) <= start]
         print("".join(f"{name:>10s}" for name in self.COLUMNS))
         self.begun = self.line_begun = time.perf_counter()
@@ -545,11 +544,10 @@ class Log:
         if not math.isfinite(loss):
             rate = "--lr-scratch" if self.config.pretrained == "none" else "--lr"
             raise ValueError(f"the losses are no longer finite at step {step}: lower {rate} "
-                             f"{self.lr:g}" + f"; {self.path} shows which term grew first"
-                             * self.path.exists())
+                             f"{self.lr:g}; {self.path} may show which term grew first")
 
     def add(self, step: int, losses: Losses, pressed: bool) -> bool:
-        """pressed: Ctrl-C on this rank -> stop now?  The ranks agree on it at a line: they meet."""
+        """pressed: Ctrl-C on this rank -> stop now?  Ranks agree on it at a line: they meet."""
         self.values.append(torch.stack([v.detach() for v in losses]))    # stays on the device
         (rank, ranks), last = rank_and_ranks(), step + 1 == self.config.steps
         if (step + 1) % self.config.log_every and not last:
@@ -570,14 +568,9 @@ class Log:
                   f"{str(datetime.timedelta(seconds=round(left))):>10s}", flush=True)
             self.rows.append([step + 1, *(f"{mean:.6g}" for mean in means), f"{rate:.1f}",
                               f"{left:.0f}"])
-            write_csv(self.path, self.rows)
+            write_atomically(self.path, "".join(",".join(map(str, row)) + "\n"
+                                                for row in self.rows).encode())
         return bool(stop)
-
-
-def write_csv(path: Path, rows: list) -> None:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    write_atomically(path, file.getvalue().encode())
 
 
 @torch.no_grad()
@@ -754,13 +747,12 @@ def run(argv: list[str] | None) -> None:
         resume(given)
     else:
         train(make_config(given, small_preset(given) if args.small else {}))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:
-    status = exit_status("train.py", lambda: run(argv))
-    if dist.is_initialized() and status == 0:
-        dist.destroy_process_group()
-    return status
+    return exit_status("train.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

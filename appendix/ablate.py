@@ -31,8 +31,7 @@ import train
 from data import draw_mesh, draw_points, save_png, side_view
 from hmr import LSP
 from smpl import SMPL, exit_status, write_atomically
-from train import (MEASURES, PRECISION, Config, evaluation_pictures, flag, load_checkpoint,
-                   make_config, write_csv)
+from train import MEASURES, Config, evaluation_pictures, flag, load_checkpoint, make_config
 
 # --------------------------------------------------------------------------------------------
 # The variants: what each changes of train.py's defaults and --small's.
@@ -203,6 +202,12 @@ def heading(what: str, configs: dict) -> str:
     return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, networks of width "
             f"{c.width}, seeds {', '.join(map(str, seeds))}; mean ± standard deviation "
             f"where a row has several. {'; '.join(where)}.\n\n")
+
+
+def write_csv(path: Path, rows: list[list]) -> None:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    write_atomically(path, file.getvalue().encode())
 
 
 def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
