@@ -105,6 +105,7 @@ SMALL = dict(depth=18, width=32, size=64, look="plain", upright=True, dropout=0.
              weight_adv=0.25, lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", batch=256,
              steps=8_000)
 SMALL_CPU = dict(size=48, batch=64, steps=2_000)                      # without a GPU
+EVALUATION_SEED = 2018                  # of the test pictures: the same whatever --seed says
 
 
 # --------------------------------------------------------------------------------------------
@@ -212,10 +213,9 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
     # four held-out pictures, drawn with their bodies every picture_every steps
     shown = next(evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl))
     model.train(), D.train()
-    players = [model, D]
-    if ranks > 1:                 # SMPL's buffers never change, of batch norm's only rank 0's count
-        players = [nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-                   for net in players]
+    # torchrun: SMPL's buffers never change, and of batch norm's only rank 0's are kept: none is sent
+    players = [model, D] if ranks == 1 else [
+        nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) for net in (model, D)]
     with finish_the_step_first() as pressed:                          # on Ctrl-C
         for step in range(log.start, config.steps):
             for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
@@ -291,11 +291,6 @@ def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
     return result
 
 
-# How monstrous are bodies?  degrees: the noise of SyntheticPeople.poses moves a recorded rotation
-# by 12 or less, 1,999 times in 2,000
-RANGE = 20.0
-
-
 def recorded_rotations(config: Config, device) -> Tensor:
     """The training clips' frames and their mirror images -> (2M, 23, 9), without root."""
     pose = load_mocap(config.upright, held_out=False)                 # (M, 24, 3)
@@ -314,18 +309,15 @@ def monstrosity(body: HMROutput, recorded: Tensor) -> dict[str, Tensor]:
     # the angle of A^T B, from its trace = the sum of the products of A's and B's elements
     cosine = (torch.einsum("bjk,fjk->bfj", rotmats, recorded) - 1) / 2            # (B, 2M, 23)
     angle = cosine.clamp(-1, 1).acos().rad2deg()                      # (B, 2M, 23)
-    return {"outside": 100.0 * (angle.amin(1) > RANGE), "mocap": angle.mean(2).amin(1),
+    # 20: SyntheticPeople.poses' noise moves a rotation by 12 or less, 1,999 times in 2,000
+    return {"outside": 100.0 * (angle.amin(1) > 20), "mocap": angle.mean(2).amin(1),
             "beta3": 100.0 * (body.betas.abs() > 3)}
-
-
-EVALUATION_SEED = 2018
 
 
 def evaluation_pictures(config: Config, smpl: SMPL) -> Iterator[Batch]:
     """Yield the test set, at most 64 pictures a batch, on the device of `smpl`.
 
-    Unmixed frames of the held-out clips, drawn on the CPU: the same people on every machine,
-    whatever --seed says.
+    Unmixed frames of the held-out clips, drawn on the CPU: the same people on every machine.
     """
     world = SyntheticPeople(copy.deepcopy(smpl).cpu(), load_mocap(config.upright, held_out=True),
                             64, config.size, config.look, EVALUATION_SEED, labels="all", mix=False)
@@ -396,8 +388,8 @@ def settle(config: Config) -> Config:
             raise ValueError(f"{flag(f.name)} {value}: expected {least} or more, below {below:g}")
     _, ranks = rank_and_ranks()
     if config.batch % ranks or config.batch < 2 * ranks:
-        raise ValueError(f"--batch {config.batch}: expected a multiple of the {ranks} processes, "
-                         f"at least two pictures each; change it or --nproc_per_node")
+        raise ValueError(f"--batch {config.batch}: expected two pictures or more for each process, "
+                         f"and a multiple of the {ranks} processes")
     return dataclasses.replace(config, device=device, amp=amp, out=config.out or "runs/full")
 
 
@@ -430,9 +422,8 @@ def load_pretrained(encoder: nn.Module, config: Config) -> None:
             weights = torchvision.models.get_model(f"resnet{config.depth}", weights="IMAGENET1K_V1"
                                                    ).state_dict()
         except Exception as error:
-            raise ValueError(f"--pretrained imagenet: no weights ({type(error).__name__}); give "
-                             f"--pretrained FILE, or none, which trains from scratch at the rate "
-                             f"--lr-scratch {config.lr_scratch:g}") from None
+            raise ValueError(f"--pretrained imagenet: no weights ({type(error).__name__}); name a "
+                             f"FILE, or none: from scratch, at the rate --lr-scratch") from None
     else:
         weights = load_file(Path(config.pretrained))
     try:                                        # all but torchvision's classifier
@@ -457,11 +448,10 @@ def load_file(path: Path) -> dict:
 
 def load_checkpoint(path: Path) -> dict:
     checkpoint, default = load_file(path), dataclasses.asdict(Config())
-    missing = {"model", "discriminator", "opt_E", "opt_D", "config", "step", "body", "rng",
-               "seconds"} - set(checkpoint)
-    stored = {} if missing else checkpoint["config"]
-    if not (isinstance(stored, dict) and stored.keys() == default.keys() and all(
-            isinstance(stored[name], (type(value), int)) for name, value in default.items())):
+    stored = checkpoint.get("config")
+    if not ({"model", "discriminator", "opt_E", "opt_D", "step", "seconds", "body", "rng"}
+            <= checkpoint.keys() and isinstance(stored, dict) and stored.keys() == default.keys()
+            and all(isinstance(stored[k], (type(v), int)) for k, v in default.items())):
         raise ValueError(f"{path}: not a checkpoint of this version of train.py; name one")
     return checkpoint
 
@@ -474,8 +464,7 @@ def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
     if rank_and_ranks()[0] > 0:
         return
     smpl, rng = state["model"].smpl, {"cpu": torch.get_rng_state()}
-    if log.config.device == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state()
+    rng |= {"cuda": torch.cuda.get_rng_state()} if log.config.device == "cuda" else {}
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {"step": step, "seconds": log.seconds(), "rng": rng,
                 "config": dataclasses.asdict(log.config), "body": [smpl.name, smpl.sha256]}
@@ -564,10 +553,9 @@ class Log:
         self.require_finite(sum(means), step + 1)
         # after Ctrl-C between two lines: no line, since its means would be over fewer steps
         if rank == 0 and (last or steps == self.config.log_every):
-            print(f"{step + 1:10d}" + "".join(f"{mean:10.4g}" for mean in means) + f"{rate:10.0f}"
+            print(f"{step + 1:10d}" + "".join(f"{m:10.4g}" for m in means) + f"{rate:10.0f}"
                   f"{str(datetime.timedelta(seconds=round(left))):>10s}", flush=True)
-            self.rows.append([step + 1, *(f"{mean:.6g}" for mean in means), f"{rate:.1f}",
-                              f"{left:.0f}"])
+            self.rows.append([step + 1, *(f"{m:.6g}" for m in means), f"{rate:.1f}", round(left)])
             write_atomically(self.path, "".join(",".join(map(str, row)) + "\n"
                                                 for row in self.rows).encode())
         return bool(stop)
@@ -609,9 +597,8 @@ MEASURES = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"
 def print_table(metrics: dict) -> None:
     print(f"held-out clips, measured in float32; trained in {metrics['precision']}")
     print(" " * 14 + "".join(f"{title:>12s}" for _, title in MEASURES))
-    rows = [("Theta-bar", metrics["baseline"])]
-    rows += [(f"iteration {t + 1}", m) for t, m in enumerate(metrics["per_iteration"])]
-    for name, row in [*rows, ("truth", metrics["truth"])]:
+    rows = {f"iteration {t}": row for t, row in enumerate(metrics["per_iteration"], 1)}
+    for name, row in {"Theta-bar": metrics["baseline"], **rows, "truth": metrics["truth"]}.items():
         print(f"{name:14s}" + "".join(f"{row[key]:12.1f}" for key, _ in MEASURES))
     share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in MEASURES[:4]]     # errors
     print(f"{'% of Theta-bar':14s}" + "".join(f"{s:12.0f}" for s in share))
@@ -621,18 +608,16 @@ def print_table(metrics: dict) -> None:
 
 
 def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, " + torch.backends.cpu.get_cpu_capability()
+    return torch.cuda.get_device_name() if device == "cuda" else \
+        f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
-
-# `torchrun --nproc_per_node=P train.py ...` starts P copies of this program, the "ranks", one a GPU
-# (or all on the CPU).  Each draws, encodes and judges batch / P pictures, and
-# DistributedDataParallel averages the gradients in `backward`, so that all take the same step.
-# Rank 0 alone prints, saves and evaluates; batch norm sees its own rank's pictures.
 
 def join_the_ranks(device: str) -> None:
-    """Meet the processes that torchrun started, one a GPU; without torchrun, nothing."""
+    """Meet the P processes ("ranks") that torchrun started, one a GPU; without it, nothing.
+
+    Each draws, encodes and judges batch / P pictures; `backward` averages the gradients, so that
+    all take the same step.  Rank 0 alone prints, saves and evaluates.
+    """
     if not dist.is_torchelastic_launched():
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -649,8 +634,7 @@ def rank_and_ranks() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def finish_the_step_first():
-    """Ctrl-C fills the list that this yields: no step is left half done.  A second one interrupts.
-    """
+    """Ctrl-C fills the list that this yields: no step is left half done.  The second interrupts."""
     pressed, before = [], signal.getsignal(signal.SIGINT)
 
     def on_ctrl_c(do):
@@ -692,7 +676,7 @@ def make_config(given: dict, preset: dict) -> Config:
 
 def small_preset(given: dict, more: dict = {}, more_cpu: dict = {}) -> dict:
     """--small's changes, printed: fewer where there is no GPU.  more, more_cpu: changes of it."""
-    no_gpu = settle(Config(device=given.get("device", "auto"))).device == "cpu"
+    no_gpu = given.get("device") == "cpu" or not torch.cuda.is_available()
     preset = SMALL | more | (SMALL_CPU | more_cpu if no_gpu else {})
     changes = [f"{name} {getattr(Config, name)} -> {value}" for name, value in
                (preset | given).items() if value != getattr(Config, name)
@@ -723,15 +707,11 @@ def resume(given: dict) -> None:
 
 
 def run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description="Train HMR on synthetic people.",
-                                     allow_abbrev=False)
-    parser.add_argument("--small", action="store_true",
-                        help="a small network and world: prints what it changes")
+    parser = argparse.ArgumentParser(description="Train HMR, or measure it.", allow_abbrev=False)
+    parser.add_argument("--small", action="store_true", help="small network, small pictures")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true",
-                      help="go on with the run in --out, with its own settings")
-    mode.add_argument("--eval", metavar="CHECKPOINT", type=Path,
-                      help="only measure this checkpoint on the held-out clips")
+    mode.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    mode.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="only measure this one")
     given, args = parse(parser, argv)
     join_the_ranks(given.get("device", "auto"))
     if args.eval:
