@@ -14,7 +14,6 @@ axis, the length is the angle in radians.
 
     python smpl.py               # shapes and known values, out/smpl.obj, out/smpl.png
     python smpl.py --smpl FILE   # the same with an official SMPL file: checks that it loads
-    python smpl.py --bench       # speed against the textbook's way
 """
 
 import argparse
@@ -25,9 +24,6 @@ import os
 import pickle
 import re
 import sys
-import tempfile
-import time
-from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -233,7 +229,7 @@ class _Skin(torch.autograd.Function):
 
 def fast_lbs(betas: Tensor, rotmats: Tensor, directions: Tensor, joint_directions: Tensor,
              ancestors: Tensor, chains: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`lbs` from prepared constants (`--bench`).  Differentiable once, in betas and rotmats.
+    """`lbs` from prepared constants.  Differentiable once, in betas and rotmats.
 
     betas (B, 10), rotmats (B, 24, 3, 3), directions (3V, 218), joint_directions (72, 11),
     weights (V, 24), and from `kinematic_tables`: ancestors (rounds, 25), chains (24, 24)
@@ -632,99 +628,11 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return data
 
 
-# ============================================================================================
-
-def _official_sized(path: Path, V: int = 6890) -> None:
-    """Write a body of random numbers of the official sizes and sparsity, to measure speed with."""
-    rng = np.random.default_rng(0)
-
-    def rows(n, nonzeros, width):               # each row: `nonzeros` equal weights that sum to 1
-        table = np.zeros((n, width), np.float32)
-        for row in table:
-            row[rng.choice(width, nonzeros, replace=False)] = 1 / nonzeros
-        return table
-    np.savez(path, v_template=rng.normal(0, 0.4, (V, 3)), shapedirs=rng.normal(0, 0.01, (V, 3, 10)),
-             posedirs=rng.normal(0, 0.002, (V, 3, 207)), J_regressor=rows(24, 32, V),
-             weights=rows(V, 4, 24), cocoplus_regressor=rows(19, 16, V),
-             f=np.arange(30).reshape(10, 3), kintree_table=[PARENTS, range(24)])
-
-
-def _textbook(smpl: SMPL, posedirs: Tensor, betas: Tensor, rotmats: Tensor) -> SMPLOutput:
-    """The baseline as commonly written: (B, V, 4, 4) transforms, dense products, keypoints from
-    every vertex.  Only the kinematics are `lbs`'s own."""
-    B, V = len(betas), len(smpl.v_template)
-    v_shaped = smpl.v_template + torch.einsum("bn,vcn->bvc", betas, smpl.shapedirs)   # (B, V, 3)
-    J = torch.einsum("bvc,jv->bjc", v_shaped, smpl.J_regressor)       # (B, 24, 3)
-    feature = (rotmats[:, 1:] - torch.eye(3, device=betas.device)).reshape(B, 207)    # (B, 207)
-    v_posed = v_shaped + (feature @ posedirs).view(B, V, 3)           # (B, V, 3) from (207, 3V)
-    joints, A = batch_rigid_transform(rotmats, J, smpl.parents)       # A (B, 24, 4, 4)
-    T = (smpl.weights.expand(B, V, 24) @ A.reshape(B, 24, 16)).view(B, V, 4, 4)   # (B, V, 4, 4)
-    v_homogeneous = torch.cat([v_posed, v_posed.new_ones(B, V, 1)], 2)            # (B, V, 4)
-    v = (T @ v_homogeneous[..., None])[:, :, :3, 0]                   # (B, V, 3)
-    return SMPLOutput(v, joints, torch.einsum("kv,bvc->bkc", smpl.cocoplus_regressor, v))
-
-
-def _bench(device: torch.device) -> None:
-    """Milliseconds, medians; the three ways take turns, so that their ratios are of one moment."""
-    torch.set_float32_matmul_precision("highest")                     # as in train.py
-    with tempfile.TemporaryDirectory() as folder:
-        _official_sized(Path(folder) / "random.npz")
-        smpl = SMPL(Path(folder) / "random.npz").to(device)
-    posedirs = smpl.posedirs.flatten(0, 1).T.contiguous()
-    ways = (lambda b, R: _textbook(smpl, posedirs, b, R), smpl, partial(smpl, vertices=False))
-    print(f"V = 6,890, float32, rotation matrices in, full body out as a view with the batch "
-          f"innermost; torch {torch.__version__} on {device.type}\n"
-          "threads    B  pass      textbook ms    full ms  ratio   keypoints only ms  ratio")
-    threads = torch.get_num_threads()
-    for n in (1,) if device.type == "cuda" else (1, 2):
-        torch.set_num_threads(n)
-        for B in (1, 16, 64, 256):
-            inputs = [torch.randn(B, 10, device=device), batch_rodrigues(
-                0.3 * torch.randn(B, 24, 3, device=device))]
-            for backward in (False, True):
-                inputs = [x.detach().requires_grad_(backward) for x in inputs]
-                seconds = in_turn({way: partial(_once, way, inputs, backward) for way in ways},
-                                  7 if B > 64 else 15, device)
-                a, b, c = (1000 * times.median().item() for times in seconds.values())
-                print(f"{n:7d} {B:4d}  {'f + b' if backward else 'forward'} {a:14.2f} {b:10.2f} "
-                      f"{a / b:6.1f} {c:19.2f} {a / c:6.1f}", flush=True)
-    torch.set_num_threads(threads)
-
-
-def _once(way, inputs: list[Tensor], backward: bool) -> None:
-    with torch.set_grad_enabled(backward):
-        out = [x for x in way(*inputs) if x is not None]
-    if backward:                                # a gradient arrives at everything that came out
-        torch.autograd.grad(out, inputs, [torch.ones(x.shape, device=x.device) for x in out])
-
-
-def in_turn(ways: dict, rounds: int, device: torch.device) -> dict[str, Tensor]:
-    """Seconds (rounds,) of each named function, all in turn so that drift hits them alike."""
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-    seconds = {name: [] for name in ways}
-    for _ in range(rounds + 2):                                       # two rounds to warm up
-        for name, run_once in ways.items():
-            begun = clock()
-            run_once()
-            seconds[name].append(clock() - begun)
-    return {name: torch.tensor(s[2:], dtype=torch.float64) for name, s in seconds.items()}
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pose a body; print shapes and known values.")
     parser.add_argument("--smpl", metavar="FILE", help="an SMPL .npz or .pkl (default: open body)")
     parser.add_argument("--out", default="out", help="folder for smpl.obj and smpl.png")
-    parser.add_argument("--bench", action="store_true",
-                        help="milliseconds of a body of the official size, against the textbook")
     args = parser.parse_args(argv)
-    if args.bench and args.smpl:
-        parser.error("--bench times a random body of the official size; leave --smpl out")
-    if args.bench:
-        return exit_status("smpl.py", lambda: _bench(torch.device(
-            "cuda" if torch.cuda.is_available() else "cpu")))
     return exit_status("smpl.py", lambda: _demo(SMPL(args.smpl), Path(args.out)))
 
 
