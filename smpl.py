@@ -12,7 +12,7 @@ Frame: SMPL's own: x towards the person's LEFT, y UP, z forward (out of the ches
 Rotations act on column vectors, v' = R v.  `pose` holds axis-angle vectors: the direction is the
 axis, the length is the angle in radians.
 
-    python smpl.py               # shapes and known values, out/smpl.obj, out/smpl.png
+    python smpl.py               # shapes and known values, a posed body in out/smpl.obj
     python smpl.py --smpl FILE   # the same with an official SMPL file: checks that it loads
 """
 
@@ -113,6 +113,19 @@ def blend_shapes(coefficients: Tensor, directions: Tensor) -> Tensor:
     return offsets.unflatten(-1, (V, 3))                              # (B, V, 3)
 
 
+def tree_levels(parents: tuple[int, ...] | Tensor) -> list[int]:
+    """How many joints there are in each level of the tree, one below the other's.
+
+    SMPL numbers its joints level by level: [1, 3, 3, 3, 5, 3, 2, 2, 2].  (In a tree numbered
+    otherwise, runs of joints whose parents all come before the run.)
+    """
+    first = [0]
+    for joint, parent in enumerate(parents):
+        if parent >= first[-1]:                 # its parent is in this level: the next one begins
+            first.append(joint)
+    return [end - start for start, end in zip(first, [*first[1:], len(parents)])]
+
+
 def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
                           parents: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
     """Forward kinematics: pose the skeleton, each joint in its parent's frame.
@@ -120,22 +133,23 @@ def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
     rotmats (B, 24, 3, 3) relative to the parent, joints (B, 24, 3) at rest ->
     posed joints (B, 24, 3), and A (B, 24, 4, 4): the motion of each bone from rest to posed.
     """
-    parents = [int(p) for p in parents]
-    # The bone vectors: a joint's place in its parent's frame.  The root's parent is the origin.
-    offsets = torch.cat([joints[:, :1], joints[:, 1:] - joints[:, parents[1:]]], 1)  # (B, 24, 3)
-    G_R, posed = [rotmats[:, 0]], [offsets[:, 0]]     # the root turns about joint 0, not the origin
-    for i in range(1, rotmats.shape[1]):
-        parent = parents[i]
-        G_R.append(G_R[parent] @ rotmats[:, i])                       # (B, 3, 3) to the world
-        posed.append(posed[parent] + (G_R[parent] @ offsets[:, i, :, None])[..., 0])      # (B, 3)
-    G_R, posed = torch.stack(G_R, 1), torch.stack(posed, 1)           # (B, 24, 3, 3), (B, 24, 3)
-    # A takes a point of the REST body to the posed one: x -> G_R (x - J) + posed, so a vertex at
-    # its joint lands on the posed joint.  Forgetting "- G_R J" explodes the body.
-    t = posed - (G_R @ joints[..., None])[..., 0]                     # (B, 24, 3)
-    A = torch.cat([G_R, t[..., None]], -1)                            # (B, 24, 3, 4)
-    A = nn.functional.pad(A, (0, 0, 0, 1))                            # (B, 24, 4, 4)
-    A[..., 3, 3] = 1
-    return posed, A
+    # Each bone turns about its own joint J where that is at rest, x -> R (x - J) + J.  Forgetting
+    # "J - R J", so that it turns about the origin, explodes the body; the root has a joint, too.
+    t = joints - (rotmats @ joints[..., None])[..., 0]                # (B, 24, 3)
+    last_row = torch.eye(4, dtype=t.dtype, device=t.device)[3].expand(*t.shape[:2], 1, 4)
+    local = torch.cat([torch.cat([rotmats, t[..., None]], 3), last_row], 2)       # (B, 24, 4, 4)
+    # Then its parent's motion carries it along: A_i = A_parent local_i.  The paper's two products,
+    # G_i(pose) and G_i(rest)^-1, are in it: the bone vectors J_i - J_parent cancel.  A whole level
+    # of the tree goes at once, in 8 rounds; a loop over the 23 joints does the same.
+    root, *below = local.split(tree_levels(parents), 1)               # (B, n, 4, 4) each
+    levels, bones = [root], [root[:, 0]]                              # A by level, and one by one
+    for level in below:
+        above = [bones[p] for p in parents[len(bones):len(bones) + level.shape[1]]]
+        levels.append(torch.stack(above, 1) @ level)                  # (B, n, 4, 4)
+        bones += levels[-1].unbind(1)                                 # n x (B, 4, 4)
+    A = torch.cat(levels, 1)                                          # (B, 24, 4, 4)
+    posed = A @ nn.functional.pad(joints, (0, 1), value=1.0)[..., None]           # (B, 24, 4, 1)
+    return posed[:, :, :3, 0], A
 
 
 def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, posedirs: Tensor,
@@ -149,8 +163,11 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     """
     # 1. Shape: who is it?
     v_shaped = v_template + blend_shapes(betas, shapedirs)            # (B, V, 3)
-    # 2. Joints of THIS person, in the rest pose and before any pose correction.
-    J = torch.einsum("jv,bvc->bjc", J_regressor, v_shaped)            # (B, 24, 3)
+    # 2. Joints of THIS person, in the rest pose and before any pose correction.  J_regressor is for
+    #    v_shaped; as both are linear, it is applied to the directions, once for all bodies.
+    joint_dirs = J_regressor @ shapedirs.flatten(1)                   # (24, 30)
+    joint_dirs = joint_dirs.unflatten(1, (3, 10))                     # (24, 3, 10)
+    J = J_regressor @ v_template + blend_shapes(betas, joint_dirs)    # (B, 24, 3)
     # 3. Pose blend shapes: what skinning alone would get wrong (collapsing elbows, bulging
     #    knees), linear in the elements of R - I.  "- I" makes the rest pose need no correction;
     #    the root is left out because turning the whole body bends nothing.
@@ -160,116 +177,14 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     # 4. Kinematic chain.
     joints, A = batch_rigid_transform(rotmats, J, parents)            # (B, 24, 3), (B, 24, 4, 4)
     # 5. Skinning: each vertex follows a weighted mean of the bones' motions, v' = T [v; 1].
-    T = torch.einsum("vj,bjik->bvik", weights, A[:, :, :3])           # (B, V, 3, 4)
+    T = weights @ A[:, :, :3].flatten(2)                              # (B, V, 12)
     v_homogeneous = nn.functional.pad(v_posed, (0, 1), value=1.0)     # (B, V, 4)
-    vertices = torch.einsum("bvik,bvk->bvi", T, v_homogeneous)        # (B, V, 3)
-    return vertices, joints
+    vertices = T.unflatten(2, (3, 4)) @ v_homogeneous[..., None]      # (B, V, 3, 1)
+    return vertices[..., 0], joints
 
 
 # --------------------------------------------------------------------------------------------
-# The same function, fast (skip this at a first reading; a test holds it equal to `lbs`).
-#
-# Every training step pays for SMPL, and the textbook's price is memory, not arithmetic: it writes
-# (B, V, 4, 4) numbers and reads them back.  Four changes:
-#   - steps 1 and 3 are ONE product, [shapedirs | posedirs | v_template] times [betas, R - I, 1];
-#   - step 2 is linear in betas: J_regressor is applied once, on loading, to those directions;
-#   - step 4 doubles the length of every chain in each round: 4 rounds, not 23 joints in turn;
-#   - step 5 is one product, weights times A, for all bodies (the batch is the innermost axis), slab
-#     by slab of vertices, so that T never leaves the cache; the backward pass does the same.
-
-SLAB = 2 ** 19              # numbers of T in a slab, 2 MiB in float32; a GPU takes all at once
-
-
-class _Skin(torch.autograd.Function):
-    """features (218, B), A (24, 12, B), D (3V, 218), weights (V, 24) -> vertices (V, 3, B).
-
-    v = D f,  T = W A,  v'_i = sum_k T_ik v_k + T_i3  (i, k = x, y, z), and backwards, from dv'_i:
-    dv_k = sum_i T_ik dv'_i,  dT_ik = dv'_i v_k,  dT_i3 = dv'_i,  df = D^T dv,  dA = W^T dT.
-    T is not kept for the backward pass: computing it again is cheaper than reading it back.
-    D and weights are constants: no gradient reaches them (`lbs` gives one).
-    """
-
-    @staticmethod
-    def slabs(weights: Tensor, B: int) -> list[tuple[slice, slice, int]]:
-        V = len(weights)                            # rows of W, rows of D, how many vertices
-        n = V if weights.is_cuda else max(64, SLAB // (12 * max(B, 1)))
-        return [(slice(i, i + n), slice(3 * i, 3 * (i + n)), min(n, V - i)) for i in range(0, V, n)]
-
-    @staticmethod
-    def forward(ctx, features, A, D, weights):
-        V, B = len(weights), features.shape[1]
-        posed, out = features.new_empty(V, 3, B), features.new_empty(V, 3, B)     # (V, 3, B) each
-        for rows, rows3, n in _Skin.slabs(weights, B):
-            v = posed[rows]                                           # (n, 3, B)
-            torch.mm(D[rows3], features, out=v.view(3 * n, B))
-            T = (weights[rows] @ A.flatten(1)).view(n, 3, 4, B)           # (n, 3, 4, B)
-            torch.addcmul(T[:, :, 3], T[:, :, 0], v[:, None, 0], out=out[rows])   # T_i3 + T_i0 v_0
-            out[rows].addcmul_(T[:, :, 1], v[:, None, 1]).addcmul_(T[:, :, 2], v[:, None, 2])
-        ctx.save_for_backward(posed, A, D, weights)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        posed, A, D, weights = ctx.saved_tensors
-        B = grad.shape[2]
-        d_features, dA = A.new_zeros(D.shape[1], B), torch.zeros_like(A)
-        for rows, rows3, n in _Skin.slabs(weights, B):
-            g, v = grad[rows].contiguous(), posed[rows]               # (n, 3, B) each
-            T = (weights[rows] @ A.flatten(1)).view(n, 3, 4, B)           # (n, 3, 4, B)
-            dv = T[:, 0, :3] * g[:, :1]                               # (n, 3, B)
-            dv.addcmul_(T[:, 1, :3], g[:, 1:2]).addcmul_(T[:, 2, :3], g[:, 2:])
-            d_features.addmm_(D[rows3].T, dv.view(3 * n, B))
-            dT = T                                                    # its memory, used again
-            torch.mul(g[:, :, None], v[:, None], out=dT[:, :, :3])
-            dT[:, :, 3] = g
-            dA.flatten(1).addmm_(weights[rows].T, dT.view(n, 12 * B))
-        return d_features, dA, None, None
-
-
-def fast_lbs(betas: Tensor, rotmats: Tensor, directions: Tensor, joint_directions: Tensor,
-             ancestors: Tensor, chains: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`lbs` from prepared constants.  Differentiable once, in betas and rotmats.
-
-    betas (B, 10), rotmats (B, 24, 3, 3), directions (3V, 218), joint_directions (72, 11),
-    weights (V, 24), and from `kinematic_tables`: ancestors (rounds, 25), chains (24, 24)
-    -> vertices (B, V, 3), a view with the batch innermost in memory, and joints (B, 24, 3).
-    """
-    B = len(betas)
-    one, eye = torch.ones_like(betas[:, :1]), torch.eye(3, dtype=betas.dtype, device=betas.device)
-    J = (torch.cat([betas, one], 1) @ joint_directions.T).view(B, 24, 3)          # (B, 24, 3)
-    features = torch.cat([betas, (rotmats[:, 1:] - eye).flatten(1), one], 1)      # (B, 218)
-    # G_i starts as joint i's own rotation.  Multiplying by its ancestor's G doubles its span: 2, 4,
-    # 8, 16 joints up the chain.  Slot 24 stands above the root: the identity.
-    G = torch.cat([rotmats, eye.expand(B, 1, 3, 3)], 1)               # (B, 25, 3, 3)
-    for above in ancestors:
-        G = G.index_select(1, above) @ G                              # (B, 25, 3, 3)
-    # A joint's place is the sum of the turned bones on its chain: no second recursion.
-    parents = ancestors[0, 1:24]                                      # (23,)
-    bones = G.index_select(1, parents) @ (J[:, 1:] - J.index_select(1, parents))[..., None]
-    bones = torch.cat([J[:, :1], bones[..., 0]], 1)                   # (B, 24, 3)
-    joints, G = chains @ bones, G[:, :24]                             # (B, 24, 3), (B, 24, 3, 3)
-    t = joints[..., None] - G @ J[..., None]                          # (B, 24, 3, 1) as step 4's
-    A = torch.cat([G, t], 3).flatten(2).permute(1, 2, 0).contiguous()             # (24, 12, B)
-    vertices = _Skin.apply(features.T.contiguous(), A, directions, weights)       # (V, 3, B)
-    return vertices.permute(2, 0, 1), joints
-
-
-def kinematic_tables(parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The tree as `fast_lbs` indexes it.
-
-    ancestors (rounds, 25): row r is each joint's 2^r-th ancestor, 24 where there is none (24 is the
-    identity above the root); chains (24, 24): 1 where joint j is i or lies above it.
-    """
-    above = torch.tensor([24, *parents[1:], 24])                      # (25,)
-    ancestors, chains = [], torch.eye(24)
-    while (above < 24).any():
-        ancestors.append(above)
-        above = above[above]                                          # twice as far up
-    for i in range(1, 24):
-        chains[i] += chains[parents[i]]
-    return torch.stack(ancestors), chains
-
+# The body file made callable
 
 class SMPLOutput(NamedTuple):
     vertices: Tensor | None   # (B, V, 3), None if not asked for
@@ -291,30 +206,29 @@ class SMPL(nn.Module):
         data = load_body(path)
         self.name, self.sha256 = path.name, hashlib.sha256(path.read_bytes()).hexdigest()
         self.parents = tuple(int(p) for p in data["parents"])
-        for key in ("v_template", "shapedirs", "posedirs", "J_regressor", "weights",
-                    "cocoplus_regressor", "mean_pose"):
-            self._constant(key, torch.tensor(data[key], dtype=torch.float32))
-        self._constant("faces", torch.tensor(data["f"].astype(np.int64)))
-        self.prepare()
+        # The losses need joints and keypoints, not the whole skin.  So there is a second body, kp_:
+        # the U vertices from which keypoints are regressed, then the 24 joints themselves, as
+        # points whose shapes are regressed here, once, and which no pose moves: step 2 picks them.
+        J, regressor = data["J_regressor"], data["cocoplus_regressor"]            # (24, V), (19, V)
+        joints = {"v_template": J @ data["v_template"], "posedirs": np.zeros((24, 3, 207)),
+                  "shapedirs": np.einsum("jv,vcn->jcn", J, data["shapedirs"]),
+                  "weights": np.zeros((24, 24))}
+        used = (regressor != 0).any(0).nonzero()[0]                   # (U,)
+        few = {key: np.concatenate([data[key][used], joints[key]]) for key in joints}
+        few["J_regressor"] = np.eye(24, len(used) + 24, len(used))    # (24, U + 24): the last 24
+        for key in few:
+            self._constant(key, data[key])
+            self._constant("kp_" + key, few[key])
+        self._constant("cocoplus_regressor", regressor)               # (19, V)
+        self._constant("kp_regressor", regressor[:, used])            # (19, U)
+        self.register_buffer("kp_vertices", torch.tensor(used), persistent=False)     # (U,)
+        self._constant("mean_pose", data["mean_pose"])                # (72,)
+        self.register_buffer("faces", torch.tensor(data["f"]), persistent=False)      # (F, 3)
 
-    def prepare(self) -> None:
-        """From the arrays above, what `fast_lbs` wants."""
-        ancestors, chains = kinematic_tables(self.parents)
-        self._constant("ancestors", ancestors)                        # (4, 25)
-        self._constant("chains", chains)                              # (24, 24)
-        directions = torch.cat([self.shapedirs, self.posedirs, self.v_template[..., None]], 2)
-        self._constant("directions", directions.flatten(0, 1))        # (3V, 218)
-        at_rest = directions[..., [*range(10), -1]].double()          # (V, 3, 11) R - I is 0 there
-        joint_directions = torch.einsum("jv,vcn->jcn", self.J_regressor.double(), at_rest)
-        self._constant("joint_directions", joint_directions.flatten(0, 1).float())    # (72, 11)
-        # The losses need joints and keypoints, not the whole skin: these few vertices are enough.
-        used = (self.cocoplus_regressor != 0).any(0).nonzero()[:, 0]  # (U,)
-        self._constant("kp_vertices", used)
-        self._constant("kp_directions", directions[used].flatten(0, 1))           # (3U, 218)
-        self._constant("kp_weights", self.weights[used])              # (U, 24)
-        self._constant("kp_regressor", self.cocoplus_regressor[:, used])          # (19, U)
-
-    def _constant(self, name: str, value: Tensor) -> None:
+    def _constant(self, name: str, value: np.ndarray) -> None:
+        value = torch.tensor(value, dtype=torch.float32)
+        if value.ndim == 3:     # (V, 3, N): one direction after the other lies quicker in memory
+            value = value.permute(2, 0, 1).contiguous().permute(1, 2, 0)
         self.register_buffer(name, value, persistent=False)
 
     def forward(self, betas: Tensor, pose: Tensor, vertices: bool = True) -> SMPLOutput:
@@ -332,14 +246,13 @@ class SMPL(nn.Module):
         else:
             raise ValueError(f"pose must be ({B}, 72), ({B}, 24, 3) or ({B}, 24, 3, 3) to go with "
                              f"betas {tuple(betas.shape)}, got {tuple(pose.shape)}")
-        directions, weights = ((self.directions, self.weights) if vertices else
-                               (self.kp_directions, self.kp_weights))
-        # the same as lbs(betas, rotmats, self.v_template, self.shapedirs, self.posedirs,
-        #                 self.J_regressor, self.parents, self.weights)
-        v, joints = fast_lbs(betas, rotmats, directions, self.joint_directions, self.ancestors,
-                             self.chains, weights)                    # (B, V or U, 3), (B, 24, 3)
-        v_used = v[:, self.kp_vertices] if vertices else v            # (B, U, 3)
-        # = cocoplus_regressor @ vertices, without its zero columns
+        template, shapedirs, posedirs, J_regressor, weights = (
+            getattr(self, key if vertices else "kp_" + key) for key in (
+                "v_template", "shapedirs", "posedirs", "J_regressor", "weights"))
+        v, joints = lbs(betas, rotmats, template, shapedirs, posedirs, J_regressor, self.parents,
+                        weights)                          # (B, V or U + 24, 3), (B, 24, 3)
+        v_used = v[:, self.kp_vertices] if vertices else v[:, :-24]   # (B, U, 3)
+        # = cocoplus_regressor @ vertices, without its columns of zeros
         keypoints = torch.einsum("ku,buc->bkc", self.kp_regressor, v_used)        # (B, 19, 3)
         return SMPLOutput(v if vertices else None, joints, keypoints)
 
@@ -628,10 +541,13 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return data
 
 
+# --------------------------------------------------------------------------------------------
+# The demo
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pose a body; print shapes and known values.")
     parser.add_argument("--smpl", metavar="FILE", help="an SMPL .npz or .pkl (default: open body)")
-    parser.add_argument("--out", default="out", help="folder for smpl.obj and smpl.png")
+    parser.add_argument("--out", default="out", help="folder for smpl.obj")
     args = parser.parse_args(argv)
     return exit_status("smpl.py", lambda: _demo(SMPL(args.smpl), Path(args.out)))
 
@@ -639,56 +555,31 @@ def main(argv: list[str] | None = None) -> int:
 def _demo(smpl: SMPL, out: Path) -> None:
     print(f"{smpl.name}  sha256 {smpl.sha256[:12]}  V = {len(smpl.v_template)}  "
           f"F = {len(smpl.faces)}")
-    betas, pose = torch.zeros(1, 10), torch.zeros(1, 72)
+    betas, pose = torch.zeros(1, 10), torch.zeros(1, 24, 3)
     rest = smpl(betas, pose)
     height = rest.vertices[0, :, 1].max() - rest.vertices[0, :, 1].min()
     quarter = batch_rodrigues(torch.tensor([0, 0, torch.pi / 2])) @ torch.tensor([1.0, 0, 0])
-    fast = smpl(betas, pose, vertices=False)
+    few = smpl(betas, pose, vertices=False)
+    for name, axis, angle in (("left_shoulder", 2, -1.2), ("right_shoulder", 2, 0.9),
+                              ("left_elbow", 1, -0.4), ("right_elbow", 1, 1.6),
+                              ("left_hip", 0, -0.6), ("left_knee", 0, 0.9)):
+        pose[0, JOINT_NAMES.index(name), axis] = angle                # radians about x, y or z
+    posed = smpl(betas, pose)
     print(f"vertices {tuple(rest.vertices.shape)}  joints {tuple(rest.joints.shape)}  "
           f"keypoints {tuple(rest.keypoints.shape)}")
     for what, got, expected in [
             ("a quarter turn about z takes x to", [round(v, 3) for v in quarter.tolist()], "y"),
             ("zero betas and pose minus template, m",
-             f"{(rest.vertices[0] - smpl.v_template).abs().max():.1e}", "0"),
+             f"{(rest.vertices[0] - smpl.v_template).abs().max():.1e}", "below 1e-6"),
             ("stature, m", f"{height:.2f}", "about 1.7"),
             ("left wrist at x, m", f"{rest.joints[0, 20, 0]:.2f}", "positive: left is +x"),
-            ("keypoints-only path minus full path, m",
-             f"{(fast.keypoints - rest.keypoints).abs().max():.1e}", "below 1e-6")]:
+            ("keypoints-only body minus whole body, m",
+             f"{(few.keypoints - rest.keypoints).abs().max():.1e}", "below 1e-6"),
+            ("bent left knee before the hip, m",
+             f"{posed.joints[0, 4, 2] - posed.joints[0, 1, 2]:.2f}", "positive: forward is +z")]:
         print(f"  {what:40s} {got!s:18s} expected {expected}")
-    _demo_pictures(smpl, out)
-
-
-def _demo_pictures(smpl: SMPL, out: Path) -> None:
-    """One sheet, five rows of six pictures, and a body of the fourth row as an OBJ file."""
-    from data import load_mocap, render_row, save_png         # the demo may look downstream
-    size, rows = 256, []
-    for component in range(3):                  # beta = -3, -2, 0 (the template), 0 turned, 2, 3
-        betas, pose = torch.zeros(6, 10), torch.zeros(6, 24, 3)
-        betas[:, component] = torch.tensor([-3.0, -2, 0, 0, 2, 3])
-        pose[3, 0, 1] = torch.pi / 2                                  # towards the person's left
-        body = smpl(betas, pose)
-        rows.append(render_row(body.vertices, smpl.faces, size, body.joints, height=2.3))
-    frames = load_mocap(upright=True, held_out=True)                  # (N, 24, 3)
-    frames = frames[[n * len(frames) // 12 for n in range(1, 12, 2)]]             # (6, 24, 3)
-    body = smpl(torch.zeros(6, 10), frames)
-    rows.append(render_row(body.vertices, smpl.faces, size, body.joints, height=2.3))
-    # Hard bends, close up: linear blend skinning alone, and after the pose blend shapes.
-    pose = torch.zeros(3, 24, 3)
-    pose[0, 18, 1], pose[1, 16, 2], pose[2, 4, 0] = -2.0, 1.3, 1.9    # left elbow, shoulder, knee
-    pose[2, 0, 1] = pose[2, 1, 0] = -1.2                              # seen from the side, hip bent
-    pose[0, 0, 0] = 1.3                                               # seen from above
-    pose = pose.repeat_interleave(2, 0)                               # (6, 24, 3)
-    body = smpl(torch.zeros(6, 10), pose)
-    without, _ = lbs(torch.zeros(6, 10), batch_rodrigues(pose), smpl.v_template, smpl.shapedirs,
-                     torch.zeros_like(smpl.posedirs), smpl.J_regressor, smpl.parents, smpl.weights)
-    vertices = torch.stack([without[::2], body.vertices[1::2]], 1).flatten(0, 1)  # (6, V, 3)
-    center = body.joints[range(6), [18, 18, 16, 16, 4, 4]]            # (6, 3)
-    rows.append(render_row(vertices, smpl.faces, size, center=center, height=0.55))
-    save_png(out / "smpl.png", torch.cat(rows, 1))
-    save_obj(out / "smpl.obj", smpl(torch.zeros(1, 10), frames[:1]).vertices[0], smpl.faces)
-    print(f"wrote {out / 'smpl.obj'} and {out / 'smpl.png'}, whose rows are: betas 0, 1, 2 = -3, "
-          f"-2, 0, 0, 2, 3;\nheld-out motion; left elbow, shoulder, knee bent hard, by skinning "
-          f"alone | with pose blend shapes")
+    save_obj(out / "smpl.obj", posed.vertices[0], smpl.faces)
+    print(f"wrote {out / 'smpl.obj'}: arms down, right elbow and left leg bent")
 
 
 if __name__ == "__main__":

@@ -215,43 +215,43 @@ def test_lbs_equals_a_slow_loop(V):
         close(vertices[b], v, 1e-12, "vertices: pose feature's order, - I, or - G J forgotten?")
 
 
-def prepared(model: dict) -> tuple:
-    """What `fast_lbs` takes after betas and rotmats, from lbs's arrays."""
-    ancestors, chains = smpl_module.kinematic_tables(model["parents"])
-    template = model["v_template"][..., None]                # (V, 3, 1)
-    directions = torch.cat([model["shapedirs"], model["posedirs"], template], 2)
-    joints = torch.einsum("jv,vcn->jcn", model["J_regressor"], directions[..., [*range(10), -1]])
-    return (directions.flatten(0, 1), joints.flatten(0, 1), ancestors, chains.double(),
-            model["weights"])
-
-
-@pytest.mark.parametrize("V, slab", [(5, 2 ** 19), (200, 2 ** 19), (200, 1)])
-def test_the_fast_function_equals_lbs(monkeypatch, V, slab):
-    """Vertices, joints and gradients; the last case in slabs of 64, 64, 64 and 8 vertices."""
-    monkeypatch.setattr(smpl_module, "SLAB", slab)
-    model = random_body(V)
-    betas = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
-    pose = (2 * torch.randn(3, 24, 3).double()).requires_grad_()
-    R = batch_rodrigues(pose)
-    outputs = lbs(betas, R, **model), smpl_module.fast_lbs(betas, R, *prepared(model))
-    close(outputs[0][0], outputs[1][0], 1e-12, "vertices")
-    close(outputs[0][1], outputs[1][1], 1e-12, "joints: a chain that pointer jumping cuts short?")
-    weights = [torch.randn_like(o) for o in outputs[0]]
-    plain, fast = (torch.autograd.grad(o, (betas, pose), weights, retain_graph=True)
-                   for o in outputs)
-    for name, p, f in zip(("betas", "pose"), plain, fast):
-        close(p / p.abs().max(), f / p.abs().max(), 1e-12, f"gradient to {name}")
-
-
-@pytest.mark.parametrize("way", ["lbs", "fast_lbs"])
-def test_lbs_gradients(way):
+@pytest.mark.parametrize("scale", [0, 1, 3])                # the zero pose and large angles
+def test_lbs_gradients(scale):
     model = random_body(4)
     betas = torch.randn(2, 10, dtype=torch.float64, requires_grad=True)
-    for scale in (0.0, 1.0, 3.0):                            # the zero pose and large angles
-        pose = (scale * torch.randn(2, 24, 3).double()).requires_grad_()
-        f = (lambda b, p: lbs(b, batch_rodrigues(p), **model)) if way == "lbs" else \
-            (lambda b, p: smpl_module.fast_lbs(b, batch_rodrigues(p), *prepared(model)))
-        assert gradcheck(f, (betas, pose), fast_mode=True), f"wrong gradient at scale {scale}"
+    pose = (scale * torch.randn(2, 24, 3).double()).requires_grad_()
+    assert gradcheck(lambda b, p: lbs(b, batch_rodrigues(p), **model), (betas, pose),
+                     fast_mode=True), "something is detached or changed in place?"
+
+
+# SMPL's tree; a single chain; all bones at the root; three chains, each numbered to its end
+TREES = {"SMPL": PARENTS, "chain": range(-1, 23), "star": [-1] + [0] * 23,
+         "depth first": [-1 if i == 0 else 0 if i in (1, 8, 16) else i - 1 for i in range(24)]}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("kind", [tuple, torch.tensor])
+def test_kinematics_equal_a_loop_over_the_23_joints(tree, kind):
+    """Joints, bones' motions and gradients of the 23 joints posed in turn, as in the paper."""
+    parents, J = list(TREES[tree]), torch.randn(2, 24, 3, dtype=torch.float64, requires_grad=True)
+    R = batch_rodrigues(2 * torch.randn(2, 24, 3).double()).requires_grad_()
+    world, place = [R[:, 0]], [J[:, 0]]
+    for i in range(1, 24):
+        p = parents[i]
+        place.append(place[p] + (world[p] @ (J[:, i] - J[:, p])[..., None])[..., 0])
+        world.append(world[p] @ R[:, i])
+    world, place = torch.stack(world, 1), torch.stack(place, 1)
+    shift = place - (world @ J[..., None])[..., 0]                    # G_i(pose) G_i(rest)^-1
+    posed, A = batch_rigid_transform(R, J, kind(parents))
+    # places: up to 23 bones of some 3 m, one after the other, 1e-16 of rounding each
+    close(posed, place, 1e-12, f"{tree}: a joint that moved before its parent did?")
+    close(A[:, :, :3, :3], world, 1e-12, f"{tree}: R_parent R, not R R_parent")
+    close(A[:, :, :3, 3], shift, 1e-12, f"{tree}: a bone turns about its joint, not the origin")
+    weights = torch.randn(2, 24, 3).double(), torch.randn(2, 24, 3).double()
+    ours, loops = (torch.autograd.grad(out, (R, J), weights) for out in
+                   ((posed, A[:, :, :3, 3]), (place, shift)))
+    for name, a, b in zip(("rotations", "rest joints"), ours, loops):
+        close(a / b.abs().max(), b / b.abs().max(), 1e-12, f"{tree}: gradient to the {name}")
 
 
 def test_zero_input_returns_the_template_and_the_root_turns_about_joint_0():
@@ -288,28 +288,21 @@ def test_a_tall_person_has_long_bones_and_bones_do_not_stretch():
     assert (A[0, :, 3] == torch.tensor([0, 0, 0, 1.0])).all(), "A's last row is 0 0 0 1"
 
 
-def test_the_keypoint_path_equals_the_full_body():
+def test_keypoints_do_not_depend_on_what_else_is_skinned():
     full = SMPL().double()
-    betas, pose = torch.randn(4, 10).double(), (0.5 * torch.randn(4, 24, 3).double())
-    pose.requires_grad_()
+    betas = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    pose = (0.5 * torch.randn(4, 24, 3).double()).requires_grad_()
     a, b = full(betas, pose), full(betas, pose, vertices=False)
     assert b.vertices is None
-    # the small body's rest joints were computed once, in float32: 0.1 micrometres
-    close(a.keypoints, b.keypoints, 1e-6, "keypoints must not depend on what else is skinned")
-    close(a.joints, b.joints, 1e-6, "joints must not depend on what else is skinned")
-    grad = [torch.autograd.grad(o.keypoints.square().sum(), pose)[0] for o in (a, b)]
-    close(grad[0], grad[1], 1e-5, "nor may gradients")
-
-
-def test_the_body_is_the_official_codes(golden, golden_body):
-    """Posed skin, joints, keypoints; the keypoints and joints also without the whole skin."""
-    for whole in (True, False):
-        out = golden_body(golden["body_betas"], golden["body_pose"], vertices=whole)
-        for name in ("vertices", "joints", "keypoints")[not whole:]:
-            # hmr's rotations are off by 2e-8, bones and skin are a metre; SMPL's constants are
-            # float32, which holds this body's but for the rest joints' last bits
-            close(getattr(out, name), golden[f"out_body_{name}"], 5e-8, f"{name}, in metres: R "
-                  "transposed, the pose feature's order or - I, keypoints from the unposed skin?")
+    # the second body's rest joints are regressed first, then rounded to float32: 0.1 micrometres
+    close(a.keypoints, b.keypoints, 1e-6, "keypoints of the second body")
+    close(a.joints, b.joints, 1e-6, "joints of the second body: joints too are points of it")
+    for name in ("keypoints", "joints"):
+        out = getattr(a, name), getattr(b, name)
+        weights = torch.randn_like(out[0])
+        ours, its = (torch.autograd.grad(x, (betas, pose), weights, retain_graph=True) for x in out)
+        for to, g, h in zip(("betas", "pose"), ours, its):
+            close(g, h, 1e-5, f"gradient of {name} to {to}: sums of some 60 such numbers")
 
 
 def test_smpl_takes_poses_in_three_forms_and_refuses_others(body):
@@ -334,7 +327,11 @@ def test_no_checkpoint_carries_the_body(body):
 
 def test_the_skeletons_tables_agree():
     assert len(JOINT_NAMES) == len(PARENTS) == 24 and len(KEYPOINT_NAMES) == 19
-    assert all(p < i for i, p in enumerate(PARENTS)), "parents come first"
+    depth = [0]
+    for i in range(1, 24):
+        assert PARENTS[i] < i, "parents come first"
+        depth.append(depth[PARENTS[i]] + 1)
+    assert depth == sorted(depth) and max(depth) == 8, "level by level: one round poses a level"
     for names, flip in ((JOINT_NAMES, FLIP_JOINTS), (KEYPOINT_NAMES, FLIP_KEYPOINTS)):
         for i, name in enumerate(names):
             other = {"left": "right", "right": "left"}

@@ -179,7 +179,6 @@ def with_vertices(smpl: SMPL, V: int) -> SMPL:
     for name in ("J_regressor", "cocoplus_regressor"):
         setattr(smpl, name, torch.nn.functional.pad(getattr(smpl, name), (0, V - n)))
     smpl.faces = torch.cat([smpl.faces + layer * n for layer in range(V // n)])
-    smpl.prepare()
     return smpl
 
 
