@@ -5,8 +5,8 @@ Skinned Multi-Person Linear Model", 2015.  A mesh of V vertices in a T-pose is (
 shape, (2) told where that person's joints are, (3) corrected for the pose, (4) its skeleton is
 posed, (5) its skin follows the skeleton.  `lbs` below is those five steps; read it first.
 
-Axes:  B bodies   V vertices (1,229 open body, 6,890 SMPL)   F triangles   24 joints   19 keypoints
-       10 betas   207 = 23 joints * 9 pose features
+Axes:  B bodies   V vertices (1,229 open body, 6,890 SMPL)   U of them under keypoints   F triangles
+       24 joints   19 keypoints   10 betas   207 = 23 joints * 9 pose features   C coefficients
 Frame: SMPL's own: x towards the person's LEFT, y UP, z forward (out of the chest); metres.
        The camera's frame (hmr.py) has y down; nothing here knows about cameras.
 Rotations act on column vectors, v' = R v.  `pose` holds axis-angle vectors: the direction is the
@@ -104,9 +104,9 @@ def rot6d_to_rotmat(x: Tensor) -> Tensor:
 # The body
 
 def blend_shapes(coefficients: Tensor, directions: Tensor) -> Tensor:
-    """Offsets that are linear in some coefficients: (B, N), (V, 3, N) -> (B, V, 3).
+    """Offsets that are linear in some coefficients: (B, C), (V, 3, C) -> (B, V, 3).
 
-    One formula serves SMPL's two uses, shape (N = 10 betas) and pose (N = 207 pose features).
+    One formula serves SMPL's two uses, shape (C = 10 betas) and pose (C = 207 pose features).
     """
     V = directions.shape[0]
     offsets = coefficients @ directions.flatten(0, 1).T               # (B, V*3)
@@ -169,17 +169,18 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     joint_dirs = joint_dirs.unflatten(1, (3, 10))                     # (24, 3, 10)
     J = J_regressor @ v_template + blend_shapes(betas, joint_dirs)    # (B, 24, 3)
     # 3. Pose blend shapes: what skinning alone would get wrong (collapsing elbows, bulging
-    #    knees), linear in the elements of R - I.  "- I" makes the rest pose need no correction;
-    #    the root is left out because turning the whole body bends nothing.
+    #    knees), linear in the elements of R - I.  "- I" makes the rest pose need no correction.
+    #    The root is left out because turning the whole body bends nothing: with it there would be
+    #    216 features, not the file's 207, and Theta-bar's Rx(pi) would dent an upright body.
     eye = torch.eye(3, dtype=rotmats.dtype, device=rotmats.device)
     pose_feature = (rotmats[:, 1:] - eye).flatten(1)                  # (B, 207)
     v_posed = v_shaped + blend_shapes(pose_feature, posedirs)         # (B, V, 3)
     # 4. Kinematic chain.
     joints, A = batch_rigid_transform(rotmats, J, parents)            # (B, 24, 3), (B, 24, 4, 4)
-    # 5. Skinning: each vertex follows a weighted mean of the bones' motions, v' = T [v; 1].
-    T = weights @ A[:, :, :3].flatten(2)                              # (B, V, 12)
+    # 5. Skinning: each vertex follows a weighted mean of the bones' motions, v' = motion [v; 1].
+    motion = weights @ A[:, :, :3].flatten(2)                         # (B, V, 12)
     v_homogeneous = nn.functional.pad(v_posed, (0, 1), value=1.0)     # (B, V, 4)
-    vertices = T.unflatten(2, (3, 4)) @ v_homogeneous[..., None]      # (B, V, 3, 1)
+    vertices = motion.unflatten(2, (3, 4)) @ v_homogeneous[..., None]             # (B, V, 3, 1)
     return vertices[..., 0], joints
 
 
@@ -227,7 +228,7 @@ class SMPL(nn.Module):
 
     def _constant(self, name: str, value: np.ndarray) -> None:
         value = torch.tensor(value, dtype=torch.float32)
-        if value.ndim == 3:     # (V, 3, N): one direction after the other lies quicker in memory
+        if value.ndim == 3:     # (V, 3, C): one direction after the other lies quicker in memory
             value = value.permute(2, 0, 1).contiguous().permute(1, 2, 0)
         self.register_buffer(name, value, persistent=False)
 

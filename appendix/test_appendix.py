@@ -29,7 +29,7 @@ import hmr
 import smpl as smpl_module
 import test_hmr
 import train
-from appendix import ablate, datasets
+from appendix import ablate, bench, datasets
 from hmr import HMR, Discriminator
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, KEYPOINT_NAMES, JOINT_NAMES, OPEN_BODY, PARENTS, SMPL,
                   batch_rigid_transform, batch_rodrigues, blend_shapes, lbs)
@@ -379,6 +379,103 @@ def test_a_whole_discriminator_trains_in_place_of_the_25(tmp_path):
     assert len(weights) == 6, "the variant's D must be the one that trains"
     before = ablate.whole_discriminator(train.Config(**weights_of(tmp_path / "whole_seed0")["config"]))
     assert not torch.equal(weights["fc1.weight"], before.fc1.weight), "D has not learnt"
+
+
+# ============================================================================================
+# bench.py
+
+
+def test_the_bench_times_the_loop_that_trains(tmp_path, body, capsys, monkeypatch):
+    """The bench builds train()'s step up from its parts; its last stage must leave its weights."""
+    config = tiny(tmp_path / "run", steps=2, dropout=0.5, weight_kp=3.0, weight_smpl=7.0, seed=3)
+    monkeypatch.setattr(train, "finish", lambda *args: {})
+    train.train(config)
+    kept, build, Discriminator = [], train.build, bench.Discriminator
+    monkeypatch.setattr(train, "build", lambda *args: kept.append(build(*args)) or kept[-1])
+    monkeypatch.setattr(bench, "Discriminator", lambda: kept.append(Discriminator()) or kept[-1])
+    steps = bench.bench_steps(config, body)
+    for _ in range(config.steps):
+        steps[bench.STAGES[-1]]()
+    trained = weights_of(tmp_path / "run")
+    for name, timed in zip(("model", "discriminator"), kept):
+        for key, value in timed.state_dict().items():
+            assert torch.equal(value, trained[name][key]), f"{name}, {key}: bench, train() differ"
+    capsys.readouterr()
+    flags = ["--device", "cpu", "--depth", "18", "--width", "8", "--size", "33", "--batch", "4",
+             "--out", str(tmp_path / "unused")]
+    assert bench.main(["step", "--rounds", "1", *flags]) == 0
+    table = capsys.readouterr().out
+    assert all(stage in table for stage in bench.STAGES) and table.count("1.00") >= 3
+    assert "peak memory" in table and "medians of 1 rounds" in table
+    assert not (tmp_path / "unused").exists(), "a bench leaves no run behind"
+
+
+def test_the_growth_is_a_row_for_each_setting(monkeypatch, capsys):
+    def no_steps(config, smpl):
+        return dict.fromkeys(bench.STAGES, lambda: sizes.append(len(smpl.v_template)))
+    sizes = []
+    monkeypatch.setattr(bench, "bench_steps", no_steps)
+    assert bench.main(["grow", "--small", "--device", "cpu", "--rounds", "2"]) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-16:]]
+    assert [value for name, value in rows if name == "batch"] == ["1", "4", "16", "64", "256"]
+    assert {name for name, _ in rows} == {"batch", "size", "depth", "vertices"}
+    # two rounds to warm up, two that count, of the first stage and the last
+    assert sizes.count(6890) == 2 * (2 + 2) and sizes.count(1229) == 15 * 2 * (2 + 2)
+
+
+def test_the_benchs_large_body_is_the_body(body):
+    large = bench.with_vertices(SMPL(), 6890)
+    betas, pose = torch.randn(2, 10), 0.3 * torch.randn(2, 72)
+    a, b, few = body(betas, pose), large(betas, pose), large(betas, pose, vertices=False)
+    assert b.vertices.shape == (2, 6890, 3) and large.faces.shape == (5 * 2454, 3)
+    # float32 sums over thousands of vertices: 10 micrometres
+    close(b.keypoints, a.keypoints, 1e-5, "keypoints come from the first layer of skin")
+    close(few.keypoints, a.keypoints, 1e-5, "and so do those of the keypoints-only body")
+    close(b.vertices[:, 1229:2458], a.vertices, 1e-5, "the second layer lies on the first")
+
+
+def test_the_benchs_textbook_is_smpl_in_value_and_gradient(tmp_path):
+    bench.official_sized(tmp_path / "random.npz", V=400)
+    smpl = SMPL(tmp_path / "random.npz").double()
+    posedirs = smpl.posedirs.flatten(0, 1).T
+    inputs = [torch.randn(3, 10).double(), batch_rodrigues(torch.randn(3, 24, 3).double())]
+    inputs = [x.requires_grad_() for x in inputs]
+    outputs = [smpl(*inputs), bench.textbook(smpl, posedirs, *inputs)]
+    weights = [torch.randn_like(x) for x in outputs[0]]
+    gradients = [torch.autograd.grad(out, inputs, weights) for out in outputs]
+    for name, ours, its in zip(("vertices", "joints", "keypoints"), *outputs):
+        close(its, ours, 1e-12, f"{name}: the bench times something else")
+    for name, ours, its in zip(("betas", "rotmats"), *gradients):
+        close(its / ours.abs().max(), ours / ours.abs().max(), 1e-12, f"gradient to {name}")
+
+
+def test_the_bench_prints_every_way_and_reports_bad_input_in_a_sentence(capsys, monkeypatch):
+    sized = bench.official_sized
+    monkeypatch.setattr(bench, "official_sized", lambda path: sized(path, V=40))
+    assert bench.main(["smpl", "--rounds", "1"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 16 and all(len(row.split()) in (8, 10) for row in rows), rows
+    for arguments, sentence in [
+            (["step", "--rounds", "0"], "--rounds 0: expected at least 1"),
+            (["step", "--small", "--steps", "5"], "give --rounds"),
+            (["grow", "--small", "--no-adv"], "--no-adv"),
+            (["smpl", "--small"], "--small"), (["smpl", "--batch", "4"], "--batch"),
+            (["step", "--small", "--smpl", "absent.pkl", "--device", "cpu"], "absent.pkl")]:
+        assert bench.main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert sentence in error and error.startswith("appendix.bench: "), error
+        assert error.count("\n") == 1, error
+    for arguments in ([], ["nice"], ["step", "--rounds", "few"], ["step", "--smal"],
+                      ["step", "--resume"]):
+        with pytest.raises(SystemExit) as stop:
+            bench.main(arguments)
+        assert stop.value.code == 2, arguments
+
+
+def test_peak_memory_is_told_where_the_system_tells_it(monkeypatch):
+    assert bench.peak_memory(torch.device("cpu")) > 2 ** 20 or sys.platform == "win32"
+    monkeypatch.setitem(sys.modules, "resource", None)                # as on Windows
+    assert bench.peak_memory(torch.device("cpu")) != bench.peak_memory(torch.device("cpu")), "NaN"
 
 
 # ============================================================================================
