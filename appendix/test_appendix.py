@@ -1,4 +1,4 @@
-"""The appendix, and what a program must survive: experiments, benches, crops, torn files, bad options.
+"""The appendix, and what a program must survive: torn and hostile files, bad options, interrupts.
 
 The formulas of the paper are tested in test_hmr.py, whose fixtures and `close` are used here.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ import smpl as smpl_module
 import test_hmr
 import train
 from appendix import ablate, bench, datasets
-from hmr import HMR, Discriminator
+from hmr import HMR, Discriminator, ResNet
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, KEYPOINT_NAMES, JOINT_NAMES, OPEN_BODY, PARENTS, SMPL,
                   batch_rigid_transform, batch_rodrigues, blend_shapes, lbs)
 from test_hmr import (body, close, golden, precision_of_the_encoder,  # noqa: F401 (fixtures)
@@ -123,6 +124,75 @@ def test_the_population_is_believable(body):
     mean, std = stature.mean().item(), stature.std().item()
     assert abs(mean - 1.70) < 0.05 and 0.06 < std < 0.14, f"stature {mean:.2f} +- {std:.2f} m"
     assert 1.35 < stature.min() and stature.max() < 2.15, "no children, no giants"
+
+
+# ============================================================================================
+# The renderer
+
+
+def plane(corners, z) -> Tensor:
+    return torch.tensor([[*c, z] for c in corners], dtype=torch.float32)
+
+
+def test_the_renderer_samples_pixel_centres():
+    """A triangle against the definition: a pixel is covered if its centre is inside."""
+    size = 16
+    triangle = plane([(-0.9, -0.7), (-0.3, 0.8), (0.75, 0.1)], 1.0)[None]         # facing us
+    face = data.rasterize(triangle, torch.tensor([[0, 1, 2]]), size)[0]
+    (ax, ay), (bx, by), (cx, cy) = ((triangle[0, :, :2] + 1) * size / 2).tolist()
+    for row in range(size):
+        for col in range(size):
+            x, y = col + 0.5, row + 0.5
+            edges = [(qx - px) * (y - py) - (qy - py) * (x - px) for px, py, qx, qy in
+                     ((ax, ay, bx, by), (bx, by, cx, cy), (cx, cy, ax, ay))]
+            assert (face[row, col] == 0) == (max(edges) <= 0), f"pixel {row}, {col}"
+    assert (data.rasterize(triangle, torch.tensor([[0, 2, 1]]), size) < 0).all(), "a back face"
+
+
+def test_the_nearer_triangle_wins_and_nothing_is_drawn_outside():
+    square = [(-2, -2), (-2, 2), (2, 2), (2, -2)]
+    points = torch.cat([plane(square, 2.0), plane([(0, -2), (0, 2), (2, 2), (2, -2)], -1.0)])[None]
+    faces = torch.tensor([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]])
+    face = data.rasterize(points, faces, 8)[0]
+    assert (face[:, :4] < 2).all() and (face[:, 4:] >= 2).all(), "z is AWAY from the camera"
+    assert (face >= 0).all(), "a crack between two triangles"
+    assert (data.rasterize(points + torch.tensor([9.0, 0, 0]), faces, 8) < 0).all()
+    empty, pattern = torch.rand(1, 3, 8, 8), torch.ones(1, 8)
+    image = data.render(points, faces, torch.tensor([[1.0, 9, 0]]), 8, torch.ones(4, 3), empty,
+                        pattern=pattern)
+    assert torch.equal(image, empty), "a camera that looks past the body must not be an error"
+
+
+def test_shading_interpolates_at_pixel_centres():
+    size = 8                                  # a pattern that grows with x: brightness tells where
+    v = torch.tensor([[[-1.0, -1, 0], [-1, 1, 0], [1, 1, 0], [1, -1, 0]]])
+    f = torch.tensor([[0, 1, 2], [0, 2, 3]])
+    image = data.render(v, f, torch.tensor([[1.0, 0, 0]]), size, torch.ones(2, 3),
+                        torch.zeros(1, 3, size, size), torch.tensor([[0.0, 0, -1]]),
+                        (v[..., 0] + 1) / 2)
+    expected = ((torch.arange(size) + 0.5) / size).expand(3, size, size)
+    close(image[0], expected, 1e-5, "colours are sampled at i + 0.5, as the silhouette is")
+
+
+def test_mirroring_is_exactly_x_to_minus_x(body):
+    v = torch.randn(1, 30, 3) * torch.tensor([0.5, 0.5, 0.1])
+    f = torch.randint(30, (40, 3), generator=torch.Generator().manual_seed(0))
+    mirrored = v * torch.tensor([-1.0, 1, 1])
+    a = data.rasterize(v, f, 32) >= 0
+    b = data.rasterize(mirrored, f[:, [0, 2, 1]], 32) >= 0            # mirroring turns faces round
+    # a centre exactly on an edge may round differently
+    assert (a != b.flip(-1)).sum() <= 2, "pixel i must be sampled at i + 0.5"
+
+
+def test_clothes_have_stripes_that_pixels_can_show(body, monkeypatch):
+    drawn, render = [], data.render
+    monkeypatch.setattr(data, "render", lambda *args: drawn.append(args[7]) or render(*args))
+    data.SyntheticPeople(body, data.load_mocap(True, False), 64, 16, "hard").batch(0)
+    (pattern,) = drawn                                                # (B, V)
+    z = (pattern - pattern.mean(1, keepdim=True)) / pattern.std(1, keepdim=True)
+    neighbours = (z[:, body.faces[:, 0]] * z[:, body.faces[:, 1]]).mean()
+    # 3 cm apart, at 6 to 46 radians a metre: cos(0.8) = 0.7; noise has 0
+    assert neighbours > 0.5, f"neighbouring vertices correlate by {neighbours:.2f}: noise, no stripes"
 
 
 # ============================================================================================
@@ -379,6 +449,35 @@ def test_a_whole_discriminator_trains_in_place_of_the_25(tmp_path):
     assert len(weights) == 6, "the variant's D must be the one that trains"
     before = ablate.whole_discriminator(train.Config(**weights_of(tmp_path / "whole_seed0")["config"]))
     assert not torch.equal(weights["fc1.weight"], before.fc1.weight), "D has not learnt"
+
+
+def test_monstrosity_is_0_for_recorded_bodies_and_100_for_absurd_ones(body):
+    config = tiny(Path("x"))
+    recorded = train.recorded_rotations(config, "cpu")
+    assert recorded.shape == (2 * len(data.load_mocap(True, False)), 23, 9)
+
+    def measure(pose, betas):
+        rotmats = batch_rodrigues(pose)
+        result = train.monstrosity(hmr.HMROutput(rotmats, betas, *[None] * 5), recorded)
+        return {key: value.mean().item() for key, value in result.items()}
+    pose = data.load_mocap(True, False)[::50].clone()
+    for known in (pose, data.mirror_pose(pose)):
+        known[:, 0] = torch.randn(len(known), 3)                      # any root
+        close(list(measure(known, torch.full((len(known), 10), -2.9)).values()), [0.0] * 3, 0.1,
+              "a recorded frame, its mirror image, a believable shape")     # acos near 1: 0.04
+    world = data.SyntheticPeople(body, data.load_mocap(True, False), 4, 4)
+    mixed = world.poses(500, torch.Generator().manual_seed(0))
+    assert measure(mixed, torch.zeros(500, 10))["outside"] == 0, "what D calls real is in range"
+    absurd = measure(torch.full((3, 24, 3), 1.8), torch.full((3, 10), -3.1))
+    assert absurd["outside"] == 100 and absurd["beta3"] == 100 and absurd["mocap"] > 90, absurd
+    pose[:, 4, 0] -= 1.7             # left knees: the leg before them, by nearly a right angle
+    bent = measure(pose, torch.zeros(len(pose), 10))
+    close(bent["outside"], 100 / 23, 2.0, "one joint of 23")
+    truth = [batch.rotmats for batch in train.evaluation_pictures(tiny(Path("x"), size=32,
+             eval_pictures=256), body)]
+    outside = train.monstrosity(hmr.HMROutput(torch.cat(truth), torch.zeros(256, 10), *[None] * 5),
+                                recorded)["outside"]
+    assert outside.mean() < 2, f"{outside.mean()} % of true, held-out rotations are called absurd"
 
 
 # ============================================================================================
@@ -663,6 +762,61 @@ def test_float32_is_float32_even_where_the_machine_allows_tf32(body):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_imagenet_weights_load_into_the_encoder(tmp_path):
+    theirs = torchvision.models.resnet18(weights=None)
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    encoder = ResNet(18)
+    train.load_pretrained(encoder, train.Config(depth=18,
+                                                pretrained=str(tmp_path / "resnet18.pth")))
+    assert torch.equal(encoder.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+
+
+def test_the_learning_rate_depends_on_pretrained_weights(tmp_path, monkeypatch):
+    torch.save(torchvision.models.resnet18(weights=None, num_classes=2).state_dict(),
+               tmp_path / "resnet18.pth")
+    monkeypatch.setattr(train, "finish", lambda model, D, shown, log: log.lr)
+    for pretrained, rate in ((str(tmp_path / "resnet18.pth"), 1e-5), ("none", 1e-4)):
+        assert rate == train.train(train.Config(
+            depth=18, size=32, batch=2, steps=1, pretrained=pretrained, device="cpu", amp="off",
+            eval_pictures=1, out=str(tmp_path / str(rate))))
+
+
+def test_a_trained_model_loads_for_use_from_python(tmp_path, body):
+    config = tiny(tmp_path / "run", steps=1)
+    metrics = train.train(config)
+    model, D, loaded = train.load(tmp_path / "run" / "checkpoint.pt", device="cpu")
+    assert loaded == config and not model.training and model.amp is None
+    again = train.evaluate(model, loaded, D)
+    assert again["mpjpe"] == metrics["mpjpe"] and again["heads"] == metrics["heads"]
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        train.load(tmp_path / "absent.pt")
+    with np.load(OPEN_BODY) as file:
+        np.savez(tmp_path / "other.npz", **{**file, "v_template": file["v_template"] + 1})
+    with pytest.raises(ValueError, match="trained with body.npz"):
+        train.load(tmp_path / "run" / "checkpoint.pt", smpl=tmp_path / "other.npz")
+
+
+def test_the_defaults_say_where_and_in_which_precision_they_run():
+    config = train.settle(train.Config())
+    assert config.out == "runs/full" and "auto" not in (config.device, config.amp)
+    assert train.settle(config) == config
+
+
+def test_importing_the_chapters_runs_nothing_and_needs_no_appendix():
+    code = ("import sys; sys.argv = ['x', '--nonsense']; import smpl, hmr, data, train; "
+            "assert 'appendix' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stderr
+
+
+def test_no_chapter_imports_a_later_one():
+    order = ["smpl", "hmr", "data", "train", "appendix", "test_hmr"]
+    for n, name in enumerate(order[:4]):
+        text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
+        assert not imported & set(order[n:]), f"{name}.py imports {imported & set(order[n:])}"
 
 
 # ============================================================================================
