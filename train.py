@@ -213,7 +213,7 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
     # four held-out pictures, drawn with their bodies every picture_every steps
     shown = next(evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl))
     model.train(), D.train()
-    # torchrun: SMPL's buffers never change, and of batch norm's only rank 0's are kept: none is sent
+    # torchrun: SMPL's buffers never change, of batch norm's rank 0's are kept: none need be sent
     players = [model, D] if ranks == 1 else [
         nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) for net in (model, D)]
     with finish_the_step_first() as pressed:                          # on Ctrl-C

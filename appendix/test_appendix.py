@@ -32,8 +32,8 @@ import test_hmr
 import train
 from appendix import ablate, bench, datasets
 from hmr import HMR, Discriminator, ResNet
-from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, KEYPOINT_NAMES, JOINT_NAMES, OPEN_BODY, PARENTS, SMPL,
-                  batch_rigid_transform, batch_rodrigues, blend_shapes, lbs)
+from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, OPEN_BODY, PARENTS,
+                  SMPL, batch_rigid_transform, batch_rodrigues, blend_shapes, lbs)
 from test_hmr import (body, close, golden, precision_of_the_encoder,  # noqa: F401 (fixtures)
                       same_numbers_every_time, tiny, weights_of)
 
@@ -192,7 +192,7 @@ def test_clothes_have_stripes_that_pixels_can_show(body, monkeypatch):
     z = (pattern - pattern.mean(1, keepdim=True)) / pattern.std(1, keepdim=True)
     neighbours = (z[:, body.faces[:, 0]] * z[:, body.faces[:, 1]]).mean()
     # 3 cm apart, at 6 to 46 radians a metre: cos(0.8) = 0.7; noise has 0
-    assert neighbours > 0.5, f"neighbouring vertices correlate by {neighbours:.2f}: noise, no stripes"
+    assert neighbours > 0.5, f"neighbouring vertices correlate by {neighbours:.2f}: noise"
 
 
 # ============================================================================================
@@ -292,7 +292,7 @@ def test_the_whole_discriminator_is_as_large_and_weighs_as_much():
     R, betas = torch.randn(4, 23, 3, 3), torch.randn(4, 10)
     x = torch.cat([betas, R.reshape(4, 207)], 1)
     expected = D.fc3(D.fc2(D.fc1(x).relu()).relu())
-    close(D(R, betas), expected.expand(4, 25), 1e-6, "two hidden layers, ReLUs, one opinion 25 times")
+    close(D(R, betas), expected.expand(4, 25), 1e-6, "two hidden layers, one opinion")
 
 
 ABLATIONS = [                  # every two values of two flags meet at least once
@@ -385,7 +385,8 @@ def test_the_ablations_spread_is_over_seeds(tmp_path):
         Path(config.out).mkdir()
         (Path(config.out) / "metrics.json").write_text(json.dumps(
             {"truth": body, "baseline": body, "per_iteration": [body], "seconds": 1.0, "config": {},
-             "device": "none", "torch": "0", "precision": "float32", "heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}))
+             "device": "none", "torch": "0", "precision": "float32",
+             "heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}))
     ablate.ablation_tables(tmp_path, configs)
     text = (tmp_path / "ablation.md").read_text()
     assert "| T=1 | 105.0 ± 7.1 |" in text, f"sample standard deviation of 100 and 110: {text}"
@@ -445,9 +446,10 @@ def test_a_chart_has_its_lines_where_they_belong():
 
 def test_a_whole_discriminator_trains_in_place_of_the_25(tmp_path):
     assert ablate.main(["paper", *TINY, "--variants", "whole", "--out", str(tmp_path)]) == 0
-    weights = weights_of(tmp_path / "whole_seed0")["discriminator"]
+    checkpoint = weights_of(tmp_path / "whole_seed0")
+    weights = checkpoint["discriminator"]
     assert len(weights) == 6, "the variant's D must be the one that trains"
-    before = ablate.whole_discriminator(train.Config(**weights_of(tmp_path / "whole_seed0")["config"]))
+    before = ablate.whole_discriminator(train.Config(**checkpoint["config"]))
     assert not torch.equal(weights["fc1.weight"], before.fc1.weight), "D has not learnt"
 
 
