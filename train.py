@@ -7,7 +7,6 @@ Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
     python train.py --eval runs/small/checkpoint.pt # the table again
     python train.py                                 # official recipe (ResNet-50, 224 px): days
     python train.py --resume --out runs/small       # go on after Ctrl-C
-    torchrun --nproc_per_node=2 train.py --small --out runs/two   # two processes share each batch
 
 Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (first 14 = LSP)   V vertices
        P points   M recorded frames
@@ -43,7 +42,6 @@ from smpl import SMPL, batch_rodrigues, exit_status, write_atomically
 # --------------------------------------------------------------------------------------------
 # 1. Hyperparameters.  Losses, batch, steps and rates are the official do_train.sh's (the official
 #    flags' own defaults differ).
-
 
 def option(default, help: str, choices: tuple | None = None, least: float | None = None,
            below: float = 2 ** 63):
@@ -82,8 +80,7 @@ class Config:
     lr_scratch: float = option(1e-4, "of the same without pretrained weights (ours)", least=0)
     lr_d: float = option(1e-4, "of the discriminators, Adam (Sec. 3.4: ten times E's)", least=0)
     schedule: str = option("constant", "onecycle: rise, anneal (ours)", ("constant", "onecycle"))
-    amp: str = option("auto", "bf16 in the encoder, or off; auto: bf16 where the hardware has it",
-                      ("auto", "bf16", "off"))
+    amp: str = option("auto", "in the encoder; auto: bf16 if it is native", ("auto", "bf16", "off"))
     overfit: bool = option(False, "train on ONE batch: L_kp, L_joints, L_smpl must fall far")
     # the run
     seed: int = option(0, "of initialisation and training; not of the evaluation", least=0)
@@ -207,7 +204,7 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
     opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
     state = {"model": model, "discriminator": D, "opt_E": opt_E, "opt_D": opt_D}
-    if not checkpoint:
+    if not checkpoint and config.pretrained != "none":
         load_pretrained(model.encoder, config)
     log = Log(config, lr, *(load_state(checkpoint, state) if checkpoint else (0, 0.0)))
     # four held-out pictures, drawn with their bodies every picture_every steps
@@ -230,8 +227,7 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop:
                 save_state(log, state, step + 1, losses.loss_E.item())
             if stop:
-                raise KeyboardInterrupt(f"stopped and saved; go on with  python train.py --resume "
-                                        f"--out {out}")
+                raise KeyboardInterrupt(f"stopped and saved; go on by --resume --out {out}")
     metrics = finish(model, D, shown, log) if rank == 0 else {}
     if ranks > 1:
         dist.barrier()                                                # all leave together
@@ -245,8 +241,7 @@ def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     """Procrustes: source (B, P, 3) moved onto target (B, P, 3) by a scale, rotation and shift.
 
     Each body by its own transform.  The rotation is proper (det = +1): a mirrored body must not
-    be excused.  Right for any B and P >= 3, B = P = 3 included (implementations that guess which
-    axis holds the coordinates transpose that one).
+    be excused.  Right for any B and P >= 3, B = P = 3 included (guessing the axis fails there).
     """
     mu_s, mu_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)       # (B, 1, 3)
     s, t = source - mu_s, target - mu_t                               # (B, P, 3)
@@ -315,10 +310,8 @@ def monstrosity(body: HMROutput, recorded: Tensor) -> dict[str, Tensor]:
 
 
 def evaluation_pictures(config: Config, smpl: SMPL) -> Iterator[Batch]:
-    """Yield the test set, at most 64 pictures a batch, on the device of `smpl`.
-
-    Unmixed frames of the held-out clips, drawn on the CPU: the same people on every machine.
-    """
+    """Yield the test set in batches of 64, on the device of `smpl`: unmixed frames of the held-out
+    clips, drawn on the CPU, so that they show the same people on every machine."""
     world = SyntheticPeople(copy.deepcopy(smpl).cpu(), load_mocap(config.upright, held_out=True),
                             64, config.size, config.look, EVALUATION_SEED, labels="all", mix=False)
     for first in range(0, config.eval_pictures, 64):
@@ -329,9 +322,8 @@ def evaluation_pictures(config: Config, smpl: SMPL) -> Iterator[Batch]:
 
 def mean_camera(config: Config, smpl: SMPL) -> Tensor:
     """What a network that never looks would guess: the training world's mean camera (1, 3)."""
-    # pictures of 2 pixels: only the cameras are wanted
     world = SyntheticPeople(copy.deepcopy(smpl).cpu(), load_mocap(config.upright, held_out=False),
-                            512, size=2, seed=EVALUATION_SEED)
+                            512, size=2, seed=EVALUATION_SEED)        # only cameras are wanted
     cam = torch.cat([world.batch(step).cam for step in range(4)])     # (2048, 3)
     return cam.mean(0, keepdim=True).to(smpl.v_template.device)
 
@@ -340,9 +332,8 @@ def mean_camera(config: Config, smpl: SMPL) -> Tensor:
 def evaluate(model: HMR, config: Config, D: nn.Module | None = None) -> dict:
     """All measures on the held-out clips: of each IEF iteration, the baseline and the truth.
 
-    In float32, whatever precision the encoder was trained in.  The baseline is Theta-bar under the
-    training world's mean camera: the mean pose, facing us (people face anywhere).  heads: each
-    discriminator's mean on Theta_T and on fresh motion.
+    In float32, whatever training's precision.  The baseline is Theta-bar under the world's mean
+    camera: the mean pose, facing us (people face anywhere).  heads: D's means on Theta_T and motion.
     """
     model.eval()                  # batch norm uses its running statistics, dropout is off
     amp, model.amp = model.amp, None
@@ -363,8 +354,8 @@ def evaluate(model: HMR, config: Config, D: nn.Module | None = None) -> dict:
             scores.append(D(bodies[-1].rotmats[:, 1:], bodies[-1].betas))         # (B, 25)
     model.amp = amp
     of_truth, of_baseline, *per_iteration = [summarize(e) for e in errors]
-    result = {**per_iteration[-1], "per_iteration": per_iteration, "baseline": of_baseline,
-              "truth": of_truth}
+    result = per_iteration[-1] | dict(per_iteration=per_iteration, baseline=of_baseline,
+                                      truth=of_truth)
     if D is not None:       # the 25 one by one: which are winning?
         # step `steps` is one that training never reached: motion that D has not seen
         motion = training_world(config, model.smpl).motion(2048, config.steps)
@@ -415,8 +406,6 @@ def build(config: Config, smpl: SMPL) -> HMR:
 
 def load_pretrained(encoder: nn.Module, config: Config) -> None:
     """ImageNet's (or a FILE's) weights into the encoder.  Raises ValueError, never goes without."""
-    if config.pretrained == "none":
-        return
     if config.pretrained == "imagenet":
         try:
             weights = torchvision.models.get_model(f"resnet{config.depth}", weights="IMAGENET1K_V1"
@@ -457,9 +446,8 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
-    """checkpoint.pt: what a continuation needs, bit-identical on a CPU (on a GPU, atomic sums
-    differ from run to run; of several processes, only rank 0's dropout goes on where it was).  The
-    body is kept only as its name and hash.  A good checkpoint is never replaced by one of NaNs."""
+    """checkpoint.pt: what a continuation needs, bit-identical on a CPU (of several processes, only
+    rank 0's dropout goes on where it was).  The body is kept only as its name and hash."""
     log.require_finite(loss, step)
     if rank_and_ranks()[0] > 0:
         return
@@ -478,7 +466,7 @@ def load_state(checkpoint: dict, state: dict) -> tuple[int, float]:
     fill(checkpoint, state)
     if rank_and_ranks()[0] == 0:            # the stored random numbers are rank 0's
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if torch.cuda.is_available() and "cuda" in checkpoint["rng"]:
+        if "cuda" in checkpoint["rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
     return checkpoint["step"], checkpoint["seconds"]
 
@@ -564,11 +552,9 @@ class Log:
 @torch.no_grad()
 def overlays(model: HMR, batch: Batch) -> Tensor:
     """input | overlay | turned 90 degrees of a few held-out pictures -> (3, B * 224, 3 * 224)."""
-    was_training = model.training
-    model.eval()
-    thetas, _ = model(batch.image)
+    thetas, _ = model.eval()(batch.image)
     pred = model.decode(thetas[-1], vertices=True)
-    model.train(was_training)
+    model.train()                                                     # where it was called from
     return look_at(batch.image, pred.vertices, model.smpl.faces, pred.cam)
 
 
@@ -613,11 +599,9 @@ def device_name(device: str) -> str:
 
 
 def join_the_ranks(device: str) -> None:
-    """Meet the P processes ("ranks") that torchrun started, one a GPU; without it, nothing.
-
-    Each draws, encodes and judges batch / P pictures; `backward` averages the gradients, so that
-    all take the same step.  Rank 0 alone prints, saves and evaluates.
-    """
+    """Meet the P processes ("ranks") that torchrun started, one a GPU; without it, nothing.  Each
+    draws batch / P pictures, `backward` averages gradients, so that all take the same step, and
+    rank 0 alone prints, saves and evaluates."""
     if not dist.is_torchelastic_launched():
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -652,10 +636,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(parser: argparse.ArgumentParser,
-          argv: list[str] | None) -> tuple[dict, argparse.Namespace]:
-    """Make every field of Config a flag, then parse -> (the fields that were given, the rest).  An
-    unknown or misspelt flag ends the program with status 2."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict, object]:
+    """Make every field of Config a flag, then parse -> (the fields that were given, the rest)."""
     fields = dataclasses.fields(Config)
     for f in fields:
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
@@ -678,9 +660,8 @@ def small_preset(given: dict, more: dict = {}, more_cpu: dict = {}) -> dict:
     """--small's changes, printed: fewer where there is no GPU.  more, more_cpu: changes of it."""
     no_gpu = given.get("device") == "cpu" or not torch.cuda.is_available()
     preset = SMALL | more | (SMALL_CPU | more_cpu if no_gpu else {})
-    changes = [f"{name} {getattr(Config, name)} -> {value}" for name, value in
-               (preset | given).items() if value != getattr(Config, name)
-               and name not in ("device", "out")]
+    changes = [f"{k} {getattr(Config, k)} -> {v}" for k, v in (preset | given).items()
+               if v != getattr(Config, k) and k not in ("device", "out")]
     print("--small without a GPU changes:" if no_gpu else "--small changes:", ", ".join(changes))
     return preset
 
@@ -693,10 +674,11 @@ def only(allowed: str, given: dict, option: str) -> None:
 def resume(given: dict) -> None:
     only("out smpl device steps log_every picture_every save_every eval_pictures", given,
          "--resume")
-    path = Path(given.get("out", "runs/full")) / "checkpoint.pt"
+    given = {"device": "auto", "out": "runs/full"} | given
+    path = Path(given["out"]) / "checkpoint.pt"
     checkpoint = load_checkpoint(path)
     done, planned = checkpoint["step"], checkpoint["config"]["steps"]
-    config = make_config({"device": "auto", "out": str(path.parent)} | given, checkpoint["config"])
+    config = make_config(given, checkpoint["config"])
     if config.schedule == "onecycle" and config.steps != planned:
         raise ValueError(f"--steps {config.steps}: the run's one cycle of learning rates ends at "
                          f"step {planned}; train anew with these --steps and another --out")
