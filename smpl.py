@@ -22,12 +22,14 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import re
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 
@@ -301,173 +303,168 @@ def exit_status(program: str, run: Callable[[], None]) -> int:
     return 0
 
 
-# SMPL's official files are Python-2 pickles of chumpy and scipy objects.  A plain `pickle.load`
-# runs whatever the file says and needs chumpy, which no longer imports.  This unpickler knows the
-# few names such files contain, makes an inert stand-in of each, and refuses any other.  numpy's
-# and scipy's own classes are stand-ins too: their C code trusts a pickled state, and a forged dtype
-# or column index is a pointer to anywhere.  `_plain` then builds the arrays from checked parts.
+# SMPL's official files are Python-2 pickles of chumpy and scipy objects.  A pickle is a program: a
+# plain `pickle.load` runs whatever it says (and needs chumpy, which no longer imports).  Here
+#   1. `_scan` reads the program without running it: is it as short as a body's, and no hungrier?
+#   2. `_BodyUnpickler` runs it, knows the few names that such files hold, and puts an inert
+#      stand-in for each: nothing is imported, nothing called, any other name refused;
+#   3. `_plain` makes arrays of the stand-ins' parts, by functions that check what they are given.
+# numpy's and scipy's own classes are stand-ins, too, for these trust a pickled state: a forged
+# dtype makes numpy read, and forged indices make scipy write, anywhere in memory.
+
+_CHUMPY = ("Ch", "Select", "Reshape", "transpose")
+_SPARSE = tuple(f"{kind}_{of}" for kind in ("csc", "csr", "coo") for of in ("matrix", "array"))
+# No module is imported, nor asked for: their names change with the versions (numpy.core, _core).
+_NAMES = ("_reconstruct", "_frombuffer", "ndarray", "dtype", "scalar", *_CHUMPY, *_SPARSE,
+          "_reconstructor", "object", "set", "encode", "bytes")       # Python's own
+
+
+class _Refused(ValueError):
+    """The file is not broken: it wants something that no body file needs."""
+
 
 class _StandIn:
-    """A pickled object's arguments and state, kept and never acted on."""
+    """An object of a pickle: its class's name, its arguments and its state, never acted on."""
 
-    def __new__(cls, *args):                    # not __init__, which protocol 2 does not call
-        self = object.__new__(cls)
-        self.args, self.state = args, {}
-        return self
+    args, state = (), {}
 
-    def __setstate__(self, state):
-        if isinstance(state, tuple) and len(state) == 2:              # (dict, slots) of protocol 2
-            state = {**(state[0] or {}), **(state[1] or {})}
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):              # without it a pickle may set any attribute
         self.state = state
 
 
-_Dtype, _Array, _Buffer, _Scalar, _Ch, _Select, _Reshape, _Transpose, _Csc, _Csr, _Coo = (
-    type(name, (_StandIn,), {}) for name in (
-        "dtype", "ndarray", "buffer", "scalar",                       # numpy
-        "Ch", "Select", "Reshape", "transpose",                       # chumpy
-        "csc", "csr", "coo"))                                         # scipy.sparse
-
-
-def _reconstructor(cls, base, state):
-    return cls()
-
-
-class _Refused(Exception):
-    """The file is not broken: it wants something done that no body file needs."""
-
-
-def _latin1(text, encoding="latin1"):
-    if encoding != "latin1":
-        raise _Refused(f"it asks for the codec {encoding!r}")
-    return text.encode("latin1")
-
-
-class _BodyUnpickler(pickle._Unpickler):
-    # The pure-Python unpickler: its memo is a dict, where the one in C allocates as many slots as a
-    # file of ten bytes may ask for.
-    KNOWN = {
-        ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1,
-        ("chumpy.ch", "Ch"): _Ch, ("chumpy", "Ch"): _Ch,
-        ("chumpy.reordering", "Select"): _Select, ("chumpy.reordering", "Reshape"): _Reshape,
-        ("chumpy.reordering", "transpose"): _Transpose,
-    }
-    for _core in ("numpy.core", "numpy._core"):
-        KNOWN[f"{_core}.multiarray", "_reconstruct"] = _Array
-        KNOWN[f"{_core}.multiarray", "scalar"] = _Scalar
-        KNOWN[f"{_core}.numeric", "_frombuffer"] = _Buffer            # protocol 5
-    for _py in ("2", "3"):                      # set: chumpy's names of its fields
-        _copyreg, _builtins = {"2": ("copy_reg", "__builtin__"), "3": ("copyreg", "builtins")}[_py]
-        KNOWN[_copyreg, "_reconstructor"] = _reconstructor
-        KNOWN[_builtins, "object"] = KNOWN[_builtins, "set"] = _StandIn
-    for _kind, _cls in (("csc", _Csc), ("csr", _Csr), ("coo", _Coo)):
-        for _module in (f"scipy.sparse.{_kind}", f"scipy.sparse._{_kind}", "scipy.sparse"):
-            KNOWN[_module, f"{_kind}_matrix"] = KNOWN[_module, f"{_kind}_array"] = _cls
-
+class _BodyUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        if (module, name) not in self.KNOWN:
-            raise _Refused(f"it asks for {module}.{name}")
-        return self.KNOWN[module, name]
+        if name not in _NAMES:
+            raise _Refused(f"it asks for {module:.80}.{name:.80}")
+        return type(name, (_StandIn,), {})
 
     def persistent_load(self, name):
-        raise _Refused(f"it asks for an object outside the file, {name!r}")
-
-    def load_build(self):           # else a file could set attributes of the functions above
-        if not isinstance(self.stack[-2], _StandIn):
-            raise _Refused(f"it sets the state of a {type(self.stack[-2]).__name__}")
-        super().load_build()
-
-    # A bytearray is allocated before it is read, bytes are not.
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build,
-                pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
+        raise _Refused("it asks for an object outside the file")
 
 
-def _numbers(data, dtype: _Dtype, shape, order: str) -> np.ndarray:
-    code = dtype.args[0]
-    if code not in ("b1", "f2", "f4", "f8", *(f"{k}{n}" for k in "iu" for n in (1, 2, 4, 8))):
+class _Ascii(io.BytesIO):
+    def readline(self, *_):                     # pickletools takes no other strings: here any do
+        return super().readline().translate(None, bytes([*b"\\", *range(128, 256)]))
+
+
+def _scan(program: bytes, limit: int = 20_000) -> None:
+    """Refuse what would fill the memory or the stack; a body takes some 1,000 instructions.
+
+    The unpickler in C allocates as many memory slots as the highest number says, and a byte array
+    before it reads it (pickletools raises if the file ends before); a million nested tuples as a
+    dictionary's key end the process.
+    """
+    for n, (instruction, argument, _) in enumerate(pickletools.genops(_Ascii(program))):
+        if n > limit or instruction.name.endswith("PUT") and argument > limit:
+            raise _Refused(f"it asks for more than {limit:,} instructions or memory slots")
+
+
+def _text(x):
+    """A string of Python 2 or 3 or bytes, however written, as the text of these characters."""
+    if isinstance(x, _StandIn):                 # encode(text, "latin1"), bytes(): protocols 0 to 2
+        return "".join(x.args[:1])
+    return x.decode("latin1") if isinstance(x, (bytes, bytearray)) else x
+
+
+def _array(value: _StandIn) -> np.ndarray:
+    """numpy's three ways to write numbers; frombuffer and reshape count them."""
+    kind, shape, order = type(value).__name__, (), "C"
+    if kind == "_frombuffer":                   # an array in protocol 5, unless it has gaps
+        data, dtype, shape, order, *axes = value.args
+    elif kind == "scalar":
+        dtype, data = value.args
+    else:                                       # _reconstruct, any array in any protocol
+        _, shape, dtype, fortran, data = value.state
+        order = "F" if fortran else "C"
+    code = _text(dtype.args[0])
+    if not re.fullmatch("b1|f[248]|[iu][1248]", code):
         raise ValueError(f"an array of {code!r}, not of numbers")
-    byte_order = dtype.state[1] if dtype.state else "="               # "<", ">" or "|"
-    data = data.encode("latin1") if isinstance(data, str) else data   # a Python-2 string
-    return np.frombuffer(data, np.dtype(code).newbyteorder(byte_order)).reshape(shape, order=order)
+    stored = np.dtype(code).newbyteorder(_text(dtype.state[1]))       # "<", ">" or "|"
+    array = np.frombuffer(_text(data).encode("latin1"), stored).astype(code, copy=False)
+    if order == "K":                            # numpy 2.3: as in memory, and the order of the axes
+        return array.reshape(shape).transpose(*axes)
+    return array.reshape(shape, order=order)
 
 
-def _plain(value):
-    """Stand-ins (nested as chumpy nests them) -> numpy arrays; anything else unchanged."""
-    if not isinstance(value, _StandIn):
-        return value
-    state, args = value.state, value.args
-    if isinstance(value, _Array):
-        _, shape, dtype, fortran, data = state
-        return _numbers(data, dtype, shape, "F" if fortran else "C")
-    if isinstance(value, _Buffer):
-        return _numbers(*args[:4])
-    if isinstance(value, _Scalar):
-        return _numbers(args[1], args[0], (), "C")
-    if isinstance(value, _Ch):
-        return np.asarray(_plain(state["x"]))
-    if isinstance(value, _Select):              # a.ravel()[idxs] in preferred_shape
-        picked = np.asarray(_plain(state["a"])).ravel()[np.asarray(_plain(state["idxs"]))]
-        return picked.reshape(state.get("preferred_shape", picked.shape))
-    if isinstance(value, _Reshape):
-        return np.asarray(_plain(state["a"])).reshape(state["newshape"])
-    if isinstance(value, _Transpose):
-        return np.asarray(_plain(state["a"])).transpose(state.get("axes"))
-    if isinstance(value, (_Csc, _Csr, _Coo)):
-        return _dense(value)
-    raise ValueError(f"a {type(value).__name__} where numbers should be")
-
-
-def _dense(sparse: _StandIn) -> np.ndarray:
-    """scipy.sparse by hand, because scipy writes wherever the file's indices point."""
-    part = {key: _plain(value) for key, value in sparse.state.items()}
-    shape = tuple(int(n) for n in part.get("_shape") or part["shape"])
-    if math.prod(shape) > 10 ** 7:              # SMPL's largest array has 6.2 million numbers
+def _dense(kind: str, part: dict) -> np.ndarray:
+    """scipy's matrix, built anew, so that scipy checks the indices (coo's without being asked)."""
+    data, shape = _array(part["data"]), part.get("_shape") or part["shape"]
+    if math.prod(int(n) for n in shape) > 10 ** 7:      # SMPL's largest array: 6.2 million numbers
         raise ValueError(f"a sparse matrix of shape {shape}")
-    if isinstance(sparse, _Coo):
-        place = part.get("coords") or (part["row"], part["col"])
-        place = tuple(_plain(axis) for axis in place)
-    else:                                       # datum n lies in the column (csc) or row (csr) ...
-        n = np.arange(len(part["data"]))        # ... whose run, indptr[c] to indptr[c + 1], holds n
-        place = (part["indices"], np.searchsorted(part["indptr"], n, "right") - 1)
-        place = place if isinstance(sparse, _Csc) else place[::-1]
-    dense = np.zeros(shape, part["data"].dtype)
-    np.add.at(dense, place, part["data"])       # checks every index; duplicates add up
-    return dense
+    make = getattr(scipy.sparse, kind)
+    if kind.startswith("coo"):
+        places = part.get("coords") or (part["row"], part["col"])
+        return make((data, tuple(_array(axis) for axis in places)), shape=shape).toarray()
+    matrix = make((data, _array(part["indices"]), _array(part["indptr"])), shape=shape)
+    matrix.check_format(full_check=True)
+    # ... which looks at no index where indptr ends in 0, and takes differences that wrap at 2^31
+    if (matrix.indptr[1:] < matrix.indptr[:-1]).any():
+        raise ValueError("a sparse matrix whose indptr falls")
+    return matrix.toarray()
+
+
+def _plain(value) -> np.ndarray:
+    """Stand-ins, nested as chumpy nests them, as one array."""
+    kind = type(value).__name__
+    if kind == "_reconstructor":                # protocols 0 and 1
+        kind = value.args[0].__name__
+    if kind in ("_reconstruct", "_frombuffer", "scalar"):
+        return _array(value)
+    if kind not in _CHUMPY + _SPARSE:
+        raise ValueError(f"{kind} where numbers should be")
+    part = {_text(key): x for key, x in value.state.items()}
+    if kind in _SPARSE:
+        return _dense(kind, part)
+    array = _plain(part["x" if kind == "Ch" else "a"])
+    if kind == "Select":
+        array = array.ravel()[_array(part["idxs"])]
+        return array.reshape(part.get("preferred_shape", array.shape))
+    if kind == "Reshape":
+        return array.reshape(part["newshape"])
+    return array.transpose(part.get("axes")) if kind == "transpose" else array
 
 
 _KEYS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
 _OWN_KEYS = ("cocoplus_regressor", "mean_pose")    # HMR's; this project's
+# What people get in place of a body: its first bytes, with which no pickle begins, and what to do.
+_MISTAKEN = {b"<": "an HTML page: log in and download again",
+             b"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
+             b"\x1f\x8b": "a gzip archive: unpack it and name the file in it",
+             (b"{", b"["): "JSON: get an official .pkl"}
 
 
-def _read_raw(path: Path) -> dict:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such body file; leave --smpl out for the open body, "
-                                f"or see README for where to get SMPL's")
-    if path.is_dir():
-        raise FileNotFoundError(f"{path}: a folder; name the SMPL file in it")
-    content = path.read_bytes()                 # an OSError (permission, say) speaks for itself
-    if content[:2] == b"PK":                    # a zip: .npz, whatever the file is called
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                return {key: file[key] for key in file.files if key in _KEYS + _OWN_KEYS}
-        except Exception:
-            raise ValueError(f"{path}: not a whole .npz of plain number arrays (objects are "
-                             f"refused); get the file again, or use the official .pkl") from None
+def _read(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an .npz or pickle under the keys above, still to be checked."""
+    for beginning, what in _MISTAKEN.items():
+        if content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(beginning):
+            raise ValueError(f"neither an .npz nor an SMPL .pkl but {what}")
     try:
+        if content[:2] == b"PK":                # a zip: .npz, whatever the file is called
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                if sum(member.file_size for member in file.zip.infolist()) > 2 ** 30:
+                    raise _Refused("it unpacks to more than 1 GiB")
+                return {key: file[key] for key in file.files if key in _KEYS + _OWN_KEYS}
+        _scan(content)
         raw = _BodyUnpickler(io.BytesIO(content), encoding="latin1").load()
         if isinstance(raw, dict):
-            return {key: _plain(value) for key, value in raw.items() if key in _KEYS + _OWN_KEYS}
+            raw = {_text(key): value for key, value in raw.items()}
+            return {key: _plain(raw[key]) for key in _KEYS + _OWN_KEYS if key in raw}
     except _Refused as error:
-        raise ValueError(f"{path}: refused, {error}; an official SMPL .pkl needs nothing of the "
-                         f"kind, get that file") from None
+        raise ValueError(f"refused, {error}; an official SMPL .pkl needs nothing of the kind, get "
+                         f"that file") from None
     except Exception as error:
-        raise ValueError(f"{path}: neither an .npz nor a readable SMPL .pkl "
-                         f"({type(error).__name__}: {error}); it may be truncated, get the file "
-                         f"again") from None
-    raise ValueError(f"{path}: expected a pickled dict of SMPL arrays, found "
-                     f"{type(raw).__name__}; use an official SMPL .pkl")
+        what = ("not a whole .npz of plain number arrays" if content[:2] == b"PK" else
+                "neither an .npz nor a readable SMPL .pkl")
+        raise ValueError(f"{what} ({type(error).__name__}: {error!s:.200}); it may be truncated, "
+                         f"get the file again") from None
+    raise ValueError(f"expected a pickled dict of SMPL arrays, found {type(raw).__name__}; use an "
+                     f"official SMPL .pkl")
 
 
-def _approximate_keypoints(path: Path, template: np.ndarray, J_regressor: np.ndarray) -> np.ndarray:
+def _approximate_keypoints(template: np.ndarray, J_regressor: np.ndarray) -> np.ndarray:
     """For official files without HMR's regressor: 19 keypoints from joints and skin -> (19, V).
 
     Limbs and neck are J_regressor's rows, applied to the posed skin (so that in a bent pose they
@@ -476,16 +473,61 @@ def _approximate_keypoints(path: Path, template: np.ndarray, J_regressor: np.nda
     SMPL's hips, neck and ankles are not where LSP's annotators click.
     """
     if len(template) != 6890:
-        raise ValueError(f"{path}: lacks cocoplus_regressor (the 19 keypoints), which can only be "
-                         f"approximated for SMPL's own mesh of 6890 vertices; use HMR's "
-                         f"neutral_smpl_with_cocoplus_reg.pkl")
-    print(f"{path.name} has no cocoplus_regressor: the 19 keypoints are approximate")
+        raise ValueError("lacks cocoplus_regressor (the 19 keypoints), which can only be "
+                         "approximated for SMPL's own mesh of 6890 vertices; use HMR's "
+                         "neutral_smpl_with_cocoplus_reg.pkl")
     regressor = np.zeros((19, 6890))
-    for k, name in enumerate(KEYPOINT_NAMES[:13]):
-        regressor[k] = J_regressor[JOINT_NAMES.index(name)]
+    regressor[:13] = J_regressor[[JOINT_NAMES.index(name) for name in KEYPOINT_NAMES[:13]]]
     vertices = (template[:, 1].argmax(), 332, 2800, 6260, 583, 4071)    # head top, nose, eyes, ears
     regressor[range(13, 19), vertices] = 1
     return regressor
+
+
+def _checked(raw: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    missing = [key for key in _KEYS if key not in raw]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}; expected the keys of an SMPL file")
+    for key, array in raw.items():
+        if array.dtype.kind not in "fiu" or not array.size:
+            raise ValueError(f"{key} is {array.dtype!s:.80} {array.shape}, expected numbers; is it "
+                             f"an SMPL file?")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{key} holds NaN or infinity; get the file again")
+    tree = raw["kintree_table"]
+    # The official table stores the root's parent as 4294967295, which is -1 in uint32.
+    parents = tree[0].astype(np.int64).astype(np.int32) if tree.ndim == 2 else np.zeros(0)
+    if parents.tolist() != list(PARENTS):
+        others = {16: ", as MANO", 52: ", as SMPL-H", 55: ", as SMPL-X"}
+        raise ValueError(f"kintree_table is not SMPL's tree of 24 joints (this one has "
+                         f"{len(parents)}{others.get(len(parents), '')}); use SMPL's own file")
+    V = raw["v_template"].size // 3             # its shape is checked below
+    shapes = {"v_template": (V, 3), "shapedirs": (V, 3, 10), "posedirs": (V, 3, 207),
+              "J_regressor": (24, V), "weights": (V, 24), "cocoplus_regressor": (19, V),
+              "mean_pose": (72,)}
+    raw.setdefault("mean_pose", np.zeros(72))   # official files have none: it is a file beside them
+    data = {}
+    for key, shape in shapes.items():
+        if key not in raw:
+            raw[key] = _approximate_keypoints(data["v_template"], data["J_regressor"])
+            print(f"{name} has no cocoplus_regressor: the 19 keypoints are approximate")
+        array = raw[key]
+        if key == "shapedirs" and array.ndim == 3 and array.shape[2] > 10:
+            print(f"{name} has {array.shape[2]} betas: the first 10 are used, as in HMR")
+            array = array[:, :, :10]
+        if array.shape != shape:
+            raise ValueError(f"{key} is {array.dtype} {array.shape}, expected numbers of shape "
+                             f"{shape}; is it an SMPL file?")
+        data[key] = array.astype(np.float64)
+    data["parents"], f = parents, raw["f"]
+    if f.ndim != 2 or f.shape[1] != 3 or (f % 1).any() or f.min() < 0 or f.max() >= V:
+        raise ValueError(f"f must be (F, 3) vertex numbers below {V}; get the file again")
+    data["f"] = f.astype(np.int64)
+    return data
+
+
+def printable(text: object) -> str:
+    """Words of others in one line: whatever could steer a terminal is escaped, as \\x1b or \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -496,50 +538,18 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises FileNotFoundError or ValueError with one sentence naming file, key and remedy.
     """
     path = Path(path)
-    raw = _read_raw(path)
-    missing = [key for key in _KEYS if key not in raw]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; expected the keys of an SMPL file")
-    for key, value in raw.items():
-        try:
-            array = np.asarray(value)
-        except ValueError:                      # a ragged list
-            array = np.zeros(0, object)
-        if array.dtype.kind not in "fiu" or not array.size:
-            raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected numbers; is "
-                             f"it an SMPL file?")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity; get the file again")
-        raw[key] = array
-    tree = raw["kintree_table"]
-    # The official table stores the root's parent as 4294967295, which is -1 in uint32.
-    parents = tree[0].astype(np.int64).astype(np.int32) if tree.ndim == 2 else np.zeros(0)
-    if parents.tolist() != list(PARENTS):
-        others = {16: ", as MANO", 52: ", as SMPL-H", 55: ", as SMPL-X"}
-        raise ValueError(f"{path}: kintree_table is not SMPL's tree of 24 joints (this one has "
-                         f"{len(parents)}{others.get(len(parents), '')}); use SMPL's own file")
-    V = raw["v_template"].size // 3             # its shape is checked below
-    shapes = {"v_template": (V, 3), "shapedirs": (V, 3, 10), "posedirs": (V, 3, 207),
-              "J_regressor": (24, V), "weights": (V, 24), "cocoplus_regressor": (19, V),
-              "mean_pose": (72,)}
-    raw.setdefault("mean_pose", np.zeros(72))   # official files have none: it is a file beside them
-    data = {}
-    for key, shape in shapes.items():
-        if key not in raw:
-            raw[key] = _approximate_keypoints(path, data["v_template"], data["J_regressor"])
-        array = raw[key]
-        if key == "shapedirs" and array.ndim == 3 and array.shape[2] > 10:
-            print(f"{path.name} has {array.shape[2]} betas: the first 10 are used, as in HMR")
-            array = array[:, :, :10]
-        if array.shape != shape:
-            raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected numbers of "
-                             f"shape {shape}; is it an SMPL file?")
-        data[key] = array.astype(np.float64)
-    data["parents"], f = parents, raw["f"]
-    if f.ndim != 2 or f.shape[1] != 3 or (f % 1).any() or f.min() < 0 or f.max() >= V:
-        raise ValueError(f"{path}: f must be (F, 3) vertex numbers below {V}; get the file again")
-    data["f"] = f.astype(np.int64)
-    return data
+    if not path.exists():
+        raise FileNotFoundError(printable(f"{path}: no such body file; leave --smpl out for the "
+                                          f"open body, or see README for where to get SMPL's"))
+    if path.is_dir():
+        raise FileNotFoundError(printable(f"{path}: a folder; name the SMPL file in it"))
+    content = path.read_bytes()                 # an OSError (permission, say) speaks for itself
+    try:
+        if not content:
+            raise ValueError("an empty file; get it again")
+        return _checked(_read(content), printable(path.name))
+    except ValueError as error:
+        raise ValueError(printable(f"{path}: {error}")) from None
 
 
 # --------------------------------------------------------------------------------------------

@@ -12,8 +12,6 @@ import pickle
 import re
 import signal
 import sys
-import tracemalloc
-import types
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +28,7 @@ import hmr
 import train
 from hmr import HMR, Discriminator, Regressor, ResNet
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, OPEN_BODY, PARENTS,
-                  SMPL, batch_rigid_transform, batch_rodrigues, blend_shapes, lbs, load_body,
-                  rot6d_to_rotmat)
+                  SMPL, batch_rigid_transform, batch_rodrigues, blend_shapes, lbs, rot6d_to_rotmat)
 
 HERE = Path(__file__).resolve().parent
 
@@ -345,75 +342,17 @@ def official_arrays() -> dict:
     return arrays
 
 
-@pytest.mark.parametrize("protocol, sparse", [(0, "csc_matrix"), (2, "csc_matrix"),
-                                              (4, "csr_array"), (5, "coo_array")])
-def test_an_official_style_pickle_equals_the_npz(tmp_path, body, protocol, sparse):
-    path = tmp_path / "neutral.pkl"
-    arrays = official_arrays()
-    arrays["J_regressor"] = getattr(scipy.sparse, sparse)(arrays["J_regressor"])
-    path.write_bytes(pickle.dumps(arrays, protocol=protocol))
-    ours = SMPL(path)
+def test_an_official_style_pickle_equals_the_npz(tmp_path, body):
+    (tmp_path / "neutral.pkl").write_bytes(pickle.dumps(official_arrays(), protocol=2))
+    ours = SMPL(tmp_path / "neutral.pkl")
     for name in ("v_template", "shapedirs", "J_regressor", "cocoplus_regressor", "faces"):
         close(getattr(ours, name), getattr(body, name), 1e-7, f"{name} changed in the pickle")
     assert ours.parents == PARENTS and ours.name == "neutral.pkl"
 
 
-def chumpy_node(module: str, name: str, **attributes):
-    """An object whose pickle says chumpy.<module>.<name>, without chumpy."""
-    cls = type(name, (), {"__module__": f"chumpy.{module}"})
-    node = vars(sys.modules[f"chumpy.{module}"]).setdefault(name, cls)()
-    node.__dict__.update(attributes)
-    return node
-
-
-@pytest.mark.parametrize("protocol", [0, 2])
-def test_chumpy_arrays_load_without_chumpy(tmp_path, monkeypatch, body, capsys, protocol):
-    """chumpy 0.70's objects as official files hold them: Ch, and views of it, nested."""
-    for name in ("chumpy", "chumpy.ch", "chumpy.reordering"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    arrays = official_arrays()
-    V = len(arrays["v_template"])
-    template, weights = (arrays[k].astype(np.float64) for k in ("v_template", "weights"))
-    order = np.random.default_rng(0).permutation(3 * V)
-    shuffled = np.empty(3 * V)
-    shuffled[order] = template.ravel()
-    arrays["v_template"] = chumpy_node(
-        "reordering", "Select", a=chumpy_node("ch", "Ch", x=shuffled), idxs=order,
-        preferred_shape=(V, 3), _dirty_vars=set())
-    arrays["weights"] = chumpy_node("reordering", "transpose",
-                                    a=chumpy_node("ch", "Ch", x=weights.T.copy()))
-    shapedirs = np.concatenate([arrays["shapedirs"], np.ones((V, 3, 290))], 2)    # as v1.1 files
-    arrays["shapedirs"] = chumpy_node("reordering", "Reshape", newshape=(V, 3, 300),
-                                      a=chumpy_node("ch", "Ch", x=shapedirs.ravel()))
-    (tmp_path / "ch.pkl").write_bytes(pickle.dumps(arrays, protocol=protocol))
-    for name in ("chumpy", "chumpy.ch", "chumpy.reordering"):
-        monkeypatch.delitem(sys.modules, name)
-    ours = SMPL(tmp_path / "ch.pkl")
-    for name in ("v_template", "weights", "shapedirs"):
-        close(getattr(ours, name), getattr(body, name), 1e-7, f"{name}: a wrong view of the array")
-    assert "300 betas: the first 10" in capsys.readouterr().out
-
-
-def test_without_hmrs_regressor_keypoints_are_approximate(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    V = 6890
-    joints = rng.dirichlet(np.ones(V) * 0.01, 24)
-    np.savez(tmp_path / "smpl.npz", v_template=rng.normal(size=(V, 3)), weights=np.eye(24)[
-        rng.integers(0, 24, V)], shapedirs=np.zeros((V, 3, 10)), posedirs=np.zeros((V, 3, 207)),
-        J_regressor=joints, f=np.array([[0, 1, 2]]), kintree_table=np.array([
-            [2 ** 32 - 1, *PARENTS[1:]], range(24)], dtype=np.uint32))
-    model = SMPL(tmp_path / "smpl.npz")
-    assert "approximate" in capsys.readouterr().out
-    out = model(torch.zeros(1, 10), torch.zeros(1, 72))
-    kp = dict(zip(KEYPOINT_NAMES, out.keypoints[0]))
-    close(kp["left_wrist"], out.joints[0, 20], 1e-5, "limbs are the skeleton's joints")
-    for name, vertex in (("nose", 332), ("left_eye", 2800), ("right_eye", 6260), ("left_ear", 583),
-                         ("right_ear", 4071)):
-        close(kp[name], model.v_template[vertex], 1e-6, f"{name}: the paper counts from 1")
-    assert kp["head_top"][1] == model.v_template[:, 1].max()
-
-
 class Hostile:
+    """An object whose pickle asks for a call."""
+
     def __init__(self, function, *args):
         self.call = function, args
 
@@ -421,106 +360,12 @@ class Hostile:
         return self.call
 
 
-@pytest.mark.parametrize("call", [(os.system, "touch hacked"), (eval, "open('hacked', 'w')"),
-                                  (np.load, "x"), (bytearray, 10 ** 12),
-                                  (Hostile, os.system, "touch hacked")])
-def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch, call):
+def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "evil.pkl"
-    path.write_bytes(pickle.dumps({"v_template": Hostile(*call)}, protocol=2))
-    with pytest.raises(ValueError, match="refused, it asks for"):
-        SMPL(path)
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Hostile(os.system, "touch hacked"), 2))
+    with pytest.raises(ValueError, match="refused, it asks for .*system"):
+        SMPL(tmp_path / "evil.pkl")
     assert not (tmp_path / "hacked").exists()
-
-
-FORGED_DTYPE = (b"cnumpy\ndtype\n(S'V8'\nI0\nI1\ntR(I3\nS'|'\nN(S'a'\nt(dS'a'\n(cnumpy\ndtype\n"
-                b"(S'O8'\nI0\nI1\ntRI0\ntsI8\nI1\nI0\ntb")
-
-
-@pytest.mark.parametrize("name, content, sentence", [
-    ("a getattr chain", b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR.", "builtins.getattr"),
-    ("numpy's runstring", b"cnumpy.testing._private.utils\nrunstring\n(S'1'\n}tR.", "runstring"),
-    ("numpy's run_command", b"cnumpy.f2py.diagnose\nrun_command\n(S'ls'\ntR.", "run_command"),
-    ("a state with a function", b"cnumpy\ndtype\n(S'f8'\nI0\nI1\ntR(dS'x'\ncos\nsystem\nsb.",
-     "os.system"),
-    ("a codec", b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.", "codec"),
-    ("attributes of a function", b"c_codecs\nencode\n(N(dS'__defaults__'\n(S'x'\ntstb.",
-     "the state of a function"),
-    ("a bytearray of 2^31", b"\x80\x05\x96\0\0\0\x80\0\0\0\0abc.", "neither"),
-    # numpy's own classes trust a pickled state: these three made the process read any address
-    ("a forged dtype", b"(dcnumpy.core.multiarray\nscalar\n(" + FORGED_DTYPE + b"S'AAAAAAAA'\n"
-     b"tRI1\ns.", "lacks"),
-    ("an array of it", b"(dS'f'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\n"
-     b"tS'b'\ntR(I1\n(I1\nI3\nt" + FORGED_DTYPE + b"I00\nS'" + b"A" * 24 + b"'\ntbs.",
-     "not of numbers"),
-    ("objects without any", b"(dS'f'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\n"
-     b"tS'b'\ntR(I1\n(I200000000\ntcnumpy\ndtype\n(S'O8'\nI0\nI1\ntRI00\n(ltbs.", "not of numbers"),
-    ("memo slot 2^31", b"\x80\x02]r\xff\xff\xff\x7f.", "found list"),
-    ("a string of 2^40 bytes", b"\x80\x04\x8e\0\0\0\0\0\1\0\0abc.", "neither"),
-    ("an array of 2^40 numbers", b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
-     b"(I1099511627776\ntS'd'\ntR.", "found ndarray"),
-    ("the same by its class", b"cnumpy\nndarray\n((I1099511627776\nttR.", "found ndarray"),
-    ("a chumpy array that holds itself", b"(dp0\nS'v_template'\ncchumpy.ch\nCh\n(tRp1\n(dS'x'\ng1\n"
-     b"sbs.", "neither"),
-    ("an extension code", b"\x80\x02\x82\x01.", "neither"),
-    ("a persistent id", b"Pabc\n.", "refused"),
-    ("cut inside a frame", b"\x80\x04\x95\x10\0\0\0\0\0\0\0}", "neither.*truncated"),
-    ("text", b"hello", "neither.*truncated")])
-def test_a_hostile_pickle_takes_nothing(tmp_path, name, content, sentence):
-    path = tmp_path / "evil.pkl"
-    path.write_bytes(content)
-    tracemalloc.start()
-    with pytest.raises(ValueError, match=f"evil.pkl.*({sentence})"):
-        SMPL(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 ** 25, f"{name}: {peak:,} bytes allocated"
-
-
-def test_bad_body_files_end_in_a_sentence(tmp_path):
-    arrays = {k: np.asarray(v.todense()) if scipy.sparse.issparse(v) else v
-              for k, v in official_arrays().items()}
-
-    def save(**changes) -> Path:
-        content = {k: v for k, v in {**arrays, **changes}.items() if v is not None}
-        np.savez(tmp_path / "b.npz", **content)
-        return tmp_path / "b.npz"
-
-    nan = arrays["v_template"].copy()
-    nan[3, 1] = np.nan
-    tree = arrays["kintree_table"].copy()
-    tree[0, 5] = 1
-    tree_of = lambda n: np.stack([np.arange(n) - 1, np.arange(n)]).astype(np.uint32)
-    for changes, sentence in [
-            (dict(weights=None), "lacks weights"), (dict(v_template=nan), "v_template holds NaN"),
-            (dict(cocoplus_regressor=None), "lacks cocoplus_regressor"),
-            (dict(posedirs=np.zeros((4, 3, 207))), "posedirs is"),
-            (dict(kintree_table=tree), "kintree_table is not SMPL's"),
-            (dict(kintree_table=tree_of(55), cocoplus_regressor=None), "55, as SMPL-X"),
-            (dict(kintree_table=tree_of(16), posedirs=np.zeros((778, 3, 135))), "16, as MANO"),
-            (dict(kintree_table=np.zeros(3)), "kintree_table is not SMPL's"),
-            (dict(f=arrays["f"] + 10 ** 6), "f must be"),
-            (dict(weights=np.array([None])), "plain number arrays"),
-            (dict(f=arrays["f"] + 0.5), "f must be"), (dict(f=np.zeros((0, 3))), "f is"),
-            (dict(f=np.array([["a"]])), "f is"), (dict(v_template=np.array(1.0)), "v_template is"),
-            (dict(kintree_table=np.zeros((0, 24))), "kintree_table is")]:
-        with pytest.raises(ValueError, match=sentence):
-            load_body(save(**changes))
-    assert len(load_body(save(part2num=np.array([{"x": 1}], object)))["weights"]) == len(
-        arrays["weights"]), "objects under keys that nobody asked for stay unread"
-    whole = save().read_bytes()
-    sparse = scipy.sparse.csc_matrix(arrays["J_regressor"])
-    sparse.indices[:] = 2 ** 30                # scipy's own todense() writes there
-    (tmp_path / "wild.pkl").write_bytes(pickle.dumps({**arrays, "J_regressor": sparse}, 2))
-    with pytest.raises(ValueError, match="wild.pkl: neither .* out of bounds"):
-        load_body(tmp_path / "wild.pkl")
-    for name, content in (("cut.npz", whole[:5000]), ("cut.pkl", pickle.dumps(arrays)[:5000]),
-                          ("text.pkl", b"hello"), ("list.pkl", pickle.dumps([1, 2]))):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name):
-            load_body(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no such body file"):
-        load_body(tmp_path / "absent.pkl")
 
 
 # ============================================================================================
