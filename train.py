@@ -333,7 +333,7 @@ def evaluate(model: HMR, config: Config, D: nn.Module | None = None) -> dict:
     """All measures on the held-out clips: of each IEF iteration, the baseline and the truth.
 
     In float32, whatever training's precision.  The baseline is Theta-bar under the world's mean
-    camera: the mean pose, facing us (people face anywhere).  heads: D's means on Theta_T and motion.
+    camera: the mean pose, facing us (people face anywhere).  heads: D on Theta_T and on motion.
     """
     model.eval()                  # batch norm uses its running statistics, dropout is off
     amp, model.amp = model.amp, None
