@@ -207,7 +207,7 @@ class SMPL(nn.Module):
         super().__init__()
         path = Path(path or OPEN_BODY)
         data = load_body(path)
-        self.name, self.sha256 = path.name, hashlib.sha256(path.read_bytes()).hexdigest()
+        self.name, self.sha256 = printable(path.name), hashlib.sha256(path.read_bytes()).hexdigest()
         self.parents = tuple(int(p) for p in data["parents"])
         # The losses need joints and keypoints, not the whole skin.  So there is a second body, kp_:
         # the U vertices from which keypoints are regressed, then the 24 joints themselves, as
@@ -283,16 +283,21 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         raise
 
 
+def printable(text: object) -> str:
+    """Words of others in one line: whatever could steer a terminal is escaped, as \\x1b or \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def exit_status(program: str, run: Callable[[], None]) -> int:
     """Run a command.  Bad input (ValueError, OSError), full memory: one sentence, exit status 2;
     Ctrl-C: 130."""
     try:
         run()
     except KeyboardInterrupt as error:
-        print(f"\n{program}: {error or 'stopped'}", file=sys.stderr)
+        print(f"\n{program}: {printable(error) or 'stopped'}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {printable(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:               # a GPU's, the CPU's, numbers beyond 64 bits
         if not re.search("out of memory|allocate memory|size calculation overflowed", str(error)):
@@ -523,11 +528,6 @@ def _checked(raw: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
         raise ValueError(f"f must be (F, 3) vertex numbers below {V}; get the file again")
     data["f"] = f.astype(np.int64)
     return data
-
-
-def printable(text: object) -> str:
-    """Words of others in one line: whatever could steer a terminal is escaped, as \\x1b or \\n."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -1300,6 +1300,14 @@ def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys
         assert stop.value.code == 2
 
 
+def test_words_from_the_command_line_do_not_steer_the_terminal(tmp_path, capsys):
+    for main in (lambda name: smpl_module.main(["--smpl", name]),
+                 lambda name: train.main(["--eval", name])):
+        assert main(str(tmp_path / "a\x1b[2K\rb.pkl")) == 2
+        error = capsys.readouterr().err
+        assert "a\\x1b[2K\\rb.pkl" in error and "\x1b" not in error and "\r" not in error, ascii(error)
+
+
 def test_every_demo_reports_bad_input_in_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smpl_module, "OPEN_BODY", tmp_path / "absent.npz")
     monkeypatch.setattr(hmr, "RESNETS", {})                           # skip hmr.py's slow table
