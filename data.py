@@ -238,20 +238,20 @@ class SyntheticPeople:
         B, size = len(vertices), self.size
         rand, randn = (functools.partial(draw, generator=rng, device=self.device)
                        for draw in (torch.rand, torch.randn))
+        blow_up = functools.partial(interpolate, size=size, mode="bilinear", align_corners=True)
         # light from the camera's side, mostly from above
         light = normalize(0.6 * randn(B, 3) + self.light, dim=-1)     # (B, 3)
         pattern = None
         if self.look == "plain":
             table = (self.suit + 0.12 * (rand(B, PARTS, 3) - 0.5)).clamp(0, 1)    # (B, 26, 3)
-            background = smooth_noise(0.25 + 0.5 * rand(B, 3, 3, 3), size)        # (B, 3, H, W)
+            background = blow_up(0.25 + 0.5 * rand(B, 3, 3, 3))       # (B, 3, H, W) smooth noise
         else:
             table = self._clothes(rand)                               # (B, 26, 3)
-            background = smooth_noise(rand(B, 3, 3, 3), size)         # (B, 3, H, W)
-            background = background + 0.5 * (smooth_noise(rand(B, 3, 12, 12), size) - 0.5)
+            background = blow_up(rand(B, 3, 3, 3)) + 0.5 * (blow_up(rand(B, 3, 12, 12)) - 0.5)
             background = paste_rectangles(background, rand(B, 6, 8))
             # stripes across the body: 6 to 46 radians a metre, a wave of 14 to 105 cm
             frequency = 6 + 40 * rand(B, 1)                           # (B, 1)
-            direction = normalize(randn(B, 3, 1), dim=1)            # (B, 3, 1)
+            direction = normalize(randn(B, 3, 1), dim=1)              # (B, 3, 1)
             wave = frequency * (self.smpl.v_template @ direction)[..., 0]         # (B, V)
             pattern = 1 + 0.35 * rand(B, 1) * wave.sin()              # (B, V)
         image = render(vertices, self.smpl.faces, cam, size, table[:, self.parts],
@@ -272,11 +272,6 @@ class SyntheticPeople:
         calves = torch.where(long_trousers, trousers, skin)           # (B, 3)
         worn = torch.stack([skin, hair, shirt, trousers, shoes, forearms, calves], 1)   # (B, 7, 3)
         return worn.index_select(1, self.clothes)                     # (B, 26, 3)
-
-
-def smooth_noise(grid: Tensor, size: int) -> Tensor:
-    """A coarse random grid (B, 3, g, g) blown up to (B, 3, size, size)."""
-    return interpolate(grid, (size, size), mode="bilinear", align_corners=True)
 
 
 def paste_rectangles(image: Tensor, draws: Tensor, biggest=0.6, chance=0.7) -> Tensor:
@@ -474,19 +469,17 @@ def look_at(image: Tensor, vertices: Tensor, faces: Tensor, cam: Tensor, size: i
     return torch.cat([torch.cat(list(part), 1) for part in (image, overlay, turned)], 2)
 
 
-def render_row(vertices: Tensor, faces: Tensor, size: int = 320, joints: Tensor | None = None,
-               center: Tensor | None = None, height: float | None = None) -> Tensor:
+def render_row(vertices: Tensor, faces: Tensor, joints: Tensor | None = None,
+               center: Tensor | None = None, height: float = 2.3, size: int = 200) -> Tensor:
     """Bodies (B, V, 3) in SMPL's y-up frame, side by side on white -> (3, size, B * size).
 
-    joints (B, 24, 3): drawn in, as if the skin were glass.  It shows `height` metres (if None,
-    what the largest body needs) around `center` (B, 3) (if None, the body's middle).
+    joints (B, 24, 3) show through the skin; `height` metres around `center` (B, 3) are seen.
     """
-    low, high = vertices.amin(1), vertices.amax(1)                    # (B, 3)
-    center = (low + high) / 2 if center is None else center
-    scale = 2 / (height or float((high - low)[:, :2].amax()) / 0.9)
+    if center is None:
+        center = (vertices.amin(1) + vertices.amax(1)) / 2            # (B, 3)
     to_camera = vertices.new_tensor([1, -1, -1])                      # Rx(pi)
     shift = -center[:, :2] * to_camera[:2]                            # (B, 2)
-    cam = torch.cat([torch.full_like(shift[:, :1], scale), shift], 1)             # (B, 3)
+    cam = torch.cat([torch.full_like(shift[:, :1], 2 / height), shift], 1)        # (B, 3)
     drawn = draw_mesh(vertices * to_camera, faces, cam, size)         # (B, 3, size, size)
     if joints is not None:
         points = project(joints * to_camera, cam)                     # (B, 24, 2)
@@ -497,8 +490,8 @@ def render_row(vertices: Tensor, faces: Tensor, size: int = 320, joints: Tensor 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the open body and labelled samples.")
     parser.add_argument("--out", default="out", help="folder for body.png and data.png")
-    args = parser.parse_args(argv)
-    return exit_status("data.py", lambda: _demo(Path(args.out)))
+    out = Path(parser.parse_args(argv).out)
+    return exit_status("data.py", lambda: _demo(out))
 
 
 def _demo(out: Path) -> None:
@@ -519,21 +512,20 @@ def _demo(out: Path) -> None:
           f"skinning alone | with pose blend shapes")
 
 
-def _body_sheet(smpl: SMPL, size: int = 200) -> Tensor:
+def _body_sheet(smpl: SMPL) -> Tensor:
     betas = torch.zeros(9, 10)
-    for n in range(9):
-        betas[n, n // 3] = (-3.0, 0.0, 3.0)[n % 3]
+    betas[range(9), [0, 0, 0, 1, 1, 1, 2, 2, 2]] = torch.tensor([-3.0, 0, 3]).repeat(3)
     body = smpl(betas, torch.zeros(9, 72))
-    shapes = render_row(body.vertices, smpl.faces, size, body.joints, height=2.3)
+    shapes = render_row(body.vertices, smpl.faces, body.joints)
     frames = load_mocap(upright=True, held_out=True)                  # (M, 24, 3)
-    body = smpl(torch.zeros(7, 10), frames[len(frames) // 14::len(frames) // 7][:7])
-    motion = render_row(body.vertices, smpl.faces, size, body.joints, height=2.3)
+    body = smpl(betas[:7] * 0, frames[len(frames) // 14::len(frames) // 7][:7])
+    motion = render_row(body.vertices, smpl.faces, body.joints)
     bend = torch.zeros(1, 24, 3)
     bend[0, 4, 0], bend[0, 1, 0], bend[0, 0, 1] = 1.9, -1.2, -1.2     # left knee, hip; turned
-    body = smpl(torch.zeros(1, 10), bend)
-    alone, _ = lbs(torch.zeros(1, 10), batch_rodrigues(bend), smpl.v_template, smpl.shapedirs,
-                   torch.zeros_like(smpl.posedirs), smpl.J_regressor, smpl.parents, smpl.weights)
-    knees = render_row(torch.cat([alone, body.vertices]), smpl.faces, size,
+    body = smpl(betas[:1] * 0, bend)
+    alone, _ = lbs(betas[:1] * 0, batch_rodrigues(bend), smpl.v_template, smpl.shapedirs,
+                   0 * smpl.posedirs, smpl.J_regressor, smpl.parents, smpl.weights)
+    knees = render_row(torch.cat([alone, body.vertices]), smpl.faces,
                        center=body.joints[:, 4].expand(2, 3), height=0.55)
     return torch.cat([shapes, torch.cat([motion, knees], 2)], 1)
 

@@ -308,13 +308,6 @@ def test_smpl_takes_poses_in_three_forms_and_refuses_others(body):
         body(torch.zeros(2, 9), pose)
 
 
-def test_no_checkpoint_carries_the_body(body):
-    assert not body.state_dict(), "a licensed body must not travel in a checkpoint"
-    assert len(body.sha256) == 64 and body.name == "body.npz"
-    assert body.double().v_template.dtype == torch.float64
-    body.float()
-
-
 def test_the_skeletons_tables_agree():
     assert len(JOINT_NAMES) == len(PARENTS) == 24 and len(KEYPOINT_NAMES) == 19
     depth = [0]
@@ -806,14 +799,6 @@ def test_mocap_is_split_by_clip():
         seen, unseen = (data.load_mocap(upright, held_out) for held_out in (False, True))
         distance = torch.cdist(unseen[:, 1:].flatten(1), seen[:, 1:].flatten(1)).min()
         assert distance > 1e-3, "a held-out frame is in the training set"
-
-
-def test_motion_bends_limbs_the_right_way():
-    frames = data.load_mocap(upright=False, held_out=False)
-    knees = frames[:, [JOINT_NAMES.index("left_knee"), JOINT_NAMES.index("right_knee")], 0]
-    assert knees.mean() > 0.3 and knees.min() > -0.3, "heels go back: a positive turn about x"
-    std = frames[:, 1:].flatten(0, 0).std(0).norm(dim=-1)
-    assert std.min() > 0.03, f"{JOINT_NAMES[1 + int(std.argmin())]} is constant: D would spot it"
 
 
 def test_a_mirrored_pose_is_the_mirrored_body(golden):

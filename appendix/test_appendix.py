@@ -133,6 +133,21 @@ def test_the_population_is_believable(body):
     assert 1.35 < stature.min() and stature.max() < 2.15, "no children, no giants"
 
 
+def test_no_checkpoint_carries_the_body(body):
+    assert not body.state_dict(), "a licensed body must not travel in a checkpoint"
+    assert len(body.sha256) == 64 and body.name == "body.npz"
+    assert body.double().v_template.dtype == torch.float64
+    body.float()
+
+
+def test_motion_bends_limbs_the_right_way():
+    frames = data.load_mocap(upright=False, held_out=False)
+    knees = frames[:, [JOINT_NAMES.index("left_knee"), JOINT_NAMES.index("right_knee")], 0]
+    assert knees.mean() > 0.3 and knees.min() > -0.3, "heels go back: a positive turn about x"
+    std = frames[:, 1:].flatten(0, 0).std(0).norm(dim=-1)
+    assert std.min() > 0.03, f"{JOINT_NAMES[1 + int(std.argmin())]} is constant: D would spot it"
+
+
 # ============================================================================================
 # The renderer
 
