@@ -2,9 +2,9 @@
 
 Chapter 3 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR trains on photographs with 2D
 keypoints, some with 3D, and on motion capture that belongs to no picture (Sec. 3.2, 4).  All of
-those are licensed; here people are drawn instead: recorded motion poses an open body, a camera is
-drawn, a small renderer makes the picture and every label is known exactly.  Half of the pictures
-then "forget" their 3D, as in the paper.  The leaf, the renderer, comes last: it is not HMR.
+those are licensed; here people are drawn: recorded motion poses an open body, a small renderer
+makes the picture, every label is known exactly.  Half of the pictures then "forget" their 3D, as
+in the paper.  The leaf, the renderer, comes last: it is not HMR.
 
 Axes:  B pictures   M recorded frames   V vertices   F triangles   H = W = size in pixels
        19 keypoints   24 joints   26 parts of the clothes
@@ -96,8 +96,7 @@ SUIT = {
     (20, 22): (0.95, 0.4, 0.75), (21, 23): (0.45, 0.45, 1.0),                        # hands
     (12, 15): (0.90, 0.68, 0.55), (HAIR,): (0.22, 0.14, 0.08)}
 
-# What covers each part in look "hard": 0 skin, 1 hair, 2 shirt, 3 trousers, 4 shoes, 5 the shirt's
-# sleeves or skin, 6 the trousers' legs or skin.
+# What covers each in look "hard": 0 skin, 1 hair, 2 shirt, 3 trousers, 4 shoes, 5 sleeve, 6 leg.
 CLOTHES = (3, 3, 3, 2, 6, 6, 2, 4, 4, 2, 4, 4, 0, 2, 2, 0, 2, 2, 5, 5, 0, 0, 0, 0, 2, 1)
 
 
@@ -116,11 +115,10 @@ def face_parts(smpl: SMPL) -> Tensor:
 class SyntheticPeople:
     """Endless pictures of people: `world.batch(step)` is a function of (seed, step, rank) alone.
 
-    (And of the device, which is that of `smpl`: CPU and CUDA generators differ, and a GPU's atomic
-    sums round differently from run to run.)  A fresh generator each step: resuming at step n, or
-    drawing ahead, changes nothing.  rank: which of several training processes this is.
+    (And of the device, that of `smpl`: CPU and CUDA generators differ, and a GPU's atomic sums vary.)
+    A fresh generator each step: resuming at step n, or drawing ahead, changes nothing.
 
-    frames (M, 24, 3): what people do.  mix: recombine frames limb by limb.
+    frames (M, 24, 3): what people do.  mix: recombine frames limb by limb.  rank: of a process.
     labels "half": every other picture has 3D (Sec. 3.4: each batch is half 2D, half 3D) and a tenth
     of the 2D points is unlabelled; "2d": no picture has 3D; "all": nothing is left out.
     look "plain": a parti-coloured suit on a smooth background, quick to learn at few pixels;
@@ -489,8 +487,8 @@ def render_row(vertices: Tensor, faces: Tensor, joints: Tensor | None = None,
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the open body and labelled samples.")
-    parser.add_argument("--out", default="out", help="folder for body.png and data.png")
-    out = Path(parser.parse_args(argv).out)
+    parser.add_argument("--out", default="out", help="folder for the pictures", type=Path)
+    out = parser.parse_args(argv).out
     return exit_status("data.py", lambda: _demo(out))
 
 
@@ -507,9 +505,8 @@ def _demo(out: Path) -> None:
         rows += [torch.cat(drawn[:8], 2), torch.cat(drawn[8:], 2)]
     save_png(out / "data.png", torch.cat(rows, 1))
     save_png(out / "body.png", _body_sheet(smpl))
-    print(f"wrote {out / 'data.png'}: --small's world above, the full world below; and "
-          f"{out / 'body.png'}: betas 0, 1, 2\n= -3, 0, 3; held-out motion; a knee bent hard, by "
-          f"skinning alone | with pose blend shapes")
+    print(f"wrote {out / 'data.png'}: --small's world, the full world; {out / 'body.png'}: betas "
+          f"0 to 2,\nheld-out motion, a knee bent hard by skinning alone | with pose blend shapes")
 
 
 def _body_sheet(smpl: SMPL) -> Tensor:
