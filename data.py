@@ -115,9 +115,8 @@ def face_parts(smpl: SMPL) -> Tensor:
 class SyntheticPeople:
     """Endless pictures of people: `world.batch(step)` is a function of (seed, step, rank) alone.
 
-    (And of the device, that of `smpl`: CPU and CUDA generators differ, and a GPU's atomic sums vary.)
-    A fresh generator each step: resuming at step n, or drawing ahead, changes nothing.
-
+    (And of `smpl`'s device: CPU and CUDA generators differ, and a GPU's atomic sums vary.)  A fresh
+    generator each step: resuming at step n, or drawing ahead, changes nothing.
     frames (M, 24, 3): what people do.  mix: recombine frames limb by limb.  rank: of a process.
     labels "half": every other picture has 3D (Sec. 3.4: each batch is half 2D, half 3D) and a tenth
     of the 2D points is unlabelled; "2d": no picture has 3D; "all": nothing is left out.

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -184,8 +183,8 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
     """Train, from the start or a checkpoint; evaluate; write all to the folder config.out.
 
     D: other discriminators than the paper's, (N, 23, 3, 3) and (N, 10) -> (N, 25).
-    Returns what metrics.json holds.  Raises ValueError or OSError (used folder, bad file); after
-    Ctrl-C, once the run is saved, KeyboardInterrupt with the sentence that says how to go on.
+    Returns what metrics.json holds.  Raises ValueError, OSError (used folder, bad file); after
+    Ctrl-C, once all is saved, KeyboardInterrupt.
     """
     config = settle(config)
     out = Path(config.out)
@@ -272,10 +271,10 @@ def pose_errors(pred: HMROutput, true: HMROutput) -> dict[str, Tensor]:
 
 
 def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Batches of pose_errors -> means, and PCK@150 mm and AUC of MPJPE, in %.
+    """Batches of pose_errors -> means, PCK@150 mm and AUC (0, 5 .. 150 mm) of MPJPE, in %.
 
-    As MPI-INF-3DHP's official script counts: strictly below the threshold, and AUC over 0, 5 .. 150
-    mm, so that a perfect prediction has AUC 96.8 (30 of 31 thresholds), not 100.
+    Counted strictly below the threshold, as MPI-INF-3DHP's official script does, so that a perfect
+    prediction has AUC 96.8 (30 of the 31 thresholds), not 100.
     """
     all_errors = {key: torch.cat([e[key] for e in errors]) for key in errors[0]}
     result = {key: value.mean().item() for key, value in all_errors.items()}
@@ -590,7 +589,7 @@ def print_table(metrics: dict) -> None:
     print(f"{'% of Theta-bar':14s}" + "".join(f"{s:12.0f}" for s in share))
     for side, heads in metrics.get("heads", {}).items():
         print(f"D's {len(heads)} outputs on {side}: min {min(heads):.2f}, median "
-              f"{statistics.median(heads):.2f}, max {max(heads):.2f}")
+              f"{sorted(heads)[len(heads) // 2]:.2f}, max {max(heads):.2f}")
 
 
 def device_name(device: str) -> str:
