@@ -179,11 +179,12 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     v_posed = v_shaped + blend_shapes(pose_feature, posedirs)         # (B, V, 3)
     # 4. Kinematic chain.
     joints, A = batch_rigid_transform(rotmats, J, parents)            # (B, 24, 3), (B, 24, 4, 4)
-    # 5. Skinning: each vertex follows a weighted mean of the bones' motions, v' = motion [v; 1].
-    motion = weights @ A[:, :, :3].flatten(2)                         # (B, V, 12)
-    v_homogeneous = nn.functional.pad(v_posed, (0, 1), value=1.0)     # (B, V, 4)
-    vertices = motion.unflatten(2, (3, 4)) @ v_homogeneous[..., None]             # (B, V, 3, 1)
-    return vertices[..., 0], joints
+    # 5. Skinning: each vertex follows a weighted mean T of the bones' motions, v' = T [v; 1].  T is
+    #    made column by column, the batch inside: (B, V, 4, 4) would take most of the time.
+    T_x, T_y, T_z, T_1 = (column.movedim(2, 0) @ weights.T for column in A[:, :, :3].unbind(3))
+    v_x, v_y, v_z = v_posed.unbind(2)                                 # (B, V) each
+    skinned = T_x * v_x + T_y * v_y + T_z * v_z + T_1                 # (3, B, V), as T_x to T_1
+    return torch.stack(skinned.unbind(0), 2), joints                  # (B, V, 3), (B, 24, 3)
 
 
 # --------------------------------------------------------------------------------------------
