@@ -180,7 +180,7 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     # 4. Kinematic chain.
     joints, A = batch_rigid_transform(rotmats, J, parents)            # (B, 24, 3), (B, 24, 4, 4)
     # 5. Skinning: each vertex follows a weighted mean T of the bones' motions, v' = T [v; 1].  T is
-    #    made column by column, the batch inside: (B, V, 4, 4) would take most of the time.
+    #    made column by column, coordinates first: (B, V, 4, 4) would take most of the time.
     T_x, T_y, T_z, T_1 = (column.movedim(2, 0) @ weights.T for column in A[:, :, :3].unbind(3))
     v_x, v_y, v_z = v_posed.unbind(2)                                 # (B, V) each
     skinned = T_x * v_x + T_y * v_y + T_z * v_z + T_1                 # (3, B, V), as T_x to T_1
