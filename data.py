@@ -58,9 +58,9 @@ def load_mocap(upright: bool, held_out: bool) -> Tensor:
 
 
 def mirror_pose(pose: Tensor) -> Tensor:
-    """The pose seen in a mirror: (..., 24, 3) -> same.  Swap sides; M R(r) M = R(r * (1, -1, -1)).
+    """The pose seen in a mirror: (..., 24, 3) -> same.  Swap sides; X R(r) X = R(r * (1, -1, -1)).
 
-    M = diag(-1, 1, 1).  The root's rotation is mirrored too (the official docstring says it is left
+    X = diag(-1, 1, 1).  The root's rotation is mirrored too (the official docstring says it is left
     alone; its sign table flips it).
     """
     return pose[..., FLIP_JOINTS, :] * pose.new_tensor([1, -1, -1])   # (..., 24, 3)
@@ -153,7 +153,7 @@ class SyntheticPeople:
         """Streams are independent: 0 = pictures, 1 = the discriminators' pool."""
         state = np.random.SeedSequence([self.seed, step, self.rank, stream]).generate_state(2)
         rng = torch.Generator(self.device)
-        return rng.manual_seed(int(state[0]) << 31 ^ int(state[1]))       # 63 bits
+        return rng.manual_seed(int(state[0]) << 31 ^ int(state[1]))   # a CPU's keeps 32 bits
 
     def poses(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw n poses (n, 24, 3) from the recorded frames, recorded root included.
@@ -298,7 +298,7 @@ def paste_rectangles(image: Tensor, draws: Tensor, biggest=0.6, chance=0.7) -> T
 #
 # Each pixel keeps the smallest bid made for it: one scatter-min settles all depth tests.
 # Lists whose length depends on the data make the program wait for a GPU, here in four places a
-# batch (nonzero, repeat_interleave).  Nothing else in a training step does, until a log line.
+# batch (nonzero, repeat_interleave).  Nothing else does, until a log line, picture or checkpoint.
 
 DEPTH_RANGE = 8.0           # metres in front of and behind the body's origin
 

@@ -140,7 +140,7 @@ def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
     t = joints - (rotmats @ joints[..., None])[..., 0]                # (B, 24, 3)
     last_row = torch.eye(4, dtype=t.dtype, device=t.device)[3].expand(*t.shape[:2], 1, 4)
     local = torch.cat([torch.cat([rotmats, t[..., None]], 3), last_row], 2)       # (B, 24, 4, 4)
-    # Then its parent's motion carries it along: A_i = A_parent local_i.  The paper's two products,
+    # Then its parent's motion carries it along: A_i = A_parent local_i.  SMPL's two products,
     # G_i(pose) and G_i(rest)^-1, are in it: the bone vectors J_i - J_parent cancel.  A whole level
     # of the tree goes at once, in 8 rounds; a loop over the 23 joints does the same.
     root, *below = local.split(tree_levels(parents), 1)               # (B, n, 4, 4) each
@@ -300,8 +300,9 @@ def exit_status(program: str, run: Callable[[], None]) -> int:
     except (ValueError, OSError) as error:
         print(f"{program}: {printable(error)}", file=sys.stderr)
         return 2
-    except RuntimeError as error:               # a GPU's, the CPU's, numbers beyond 64 bits
-        if not re.search("out of memory|allocate memory|size calculation overflowed", str(error)):
+    except (RuntimeError, MemoryError) as error:          # a GPU's, the CPU's, Python's
+        full = "out of memory|allocate memory|size calculation overflowed"
+        if isinstance(error, RuntimeError) and not re.search(full, str(error)):
             raise
         print(f"{program}: the memory is full; free some, or make --batch or --size smaller",
               file=sys.stderr)

@@ -1147,7 +1147,7 @@ def test_one_batch_overfits(tmp_path):
     config = tiny(tmp_path / "run", steps=120, width=16, overfit=True, dropout=0.0,
                   weight_adv=0.0, log_every=10)
     train.train(config)
-    rows = (tmp_path / "run" / "log.csv").read_text().split()
+    rows = (tmp_path / "run" / "log.csv").read_text(encoding="utf-8").split()
     first, last = (dict(zip(rows[0].split(","), map(float, r.split(",")))) for r in
                    (rows[1], rows[-1]))
     assert last["L_kp"] < 0.25 * first["L_kp"] and last["L_smpl"] < 0.4 * first["L_smpl"], \
@@ -1283,7 +1283,7 @@ def test_a_run_of_the_cpu_is_measured_on_the_gpu(tmp_path, capsys):
 # The README's commands, in a short form
 
 def test_every_equation_of_the_paper_is_tagged_where_it_is_computed():
-    code = (HERE / "hmr.py").read_text() + (HERE / "train.py").read_text()
+    code = "".join((HERE / f).read_text(encoding="utf-8") for f in ("hmr.py", "train.py"))
     tagged = [line for line in code.split("\n") if re.search(r"# Eq\. \(\d\)$", line)]
     numbers = sorted({int(line[-2]) for line in tagged})
     assert numbers == list(range(1, 9)), f"HMR has Eqs. (1) to (8); tagged are {numbers}"

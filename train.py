@@ -79,7 +79,7 @@ class Config:
     lr_scratch: float = option(1e-4, "of the same without pretrained weights (ours)", least=0)
     lr_d: float = option(1e-4, "of the discriminators, Adam (Sec. 3.4: ten times E's)", least=0)
     schedule: str = option("constant", "onecycle: rise, anneal (ours)", ("constant", "onecycle"))
-    amp: str = option("auto", "in the encoder; auto: bf16 if it is native", ("auto", "bf16", "off"))
+    amp: str = option("auto", "of the encoder; auto: bf16 if native", ("auto", "bf16", "off"))
     overfit: bool = option(False, "train on ONE batch: L_kp, L_joints, L_smpl must fall far")
     # the run
     seed: int = option(0, "of initialisation and training; not of the evaluation", least=0)
@@ -108,13 +108,13 @@ EVALUATION_SEED = 2018                  # of the test pictures: the same whateve
 # 2. The training loop (Sec. 3.4)
 
 class Losses(NamedTuple):
-    """What one step reports, () each; the log's columns.  L_* are Eqs. (3) to (8), unweighted."""
+    """What one step reports, () each; the log's columns.  Unweighted but for loss_E."""
     loss_E: Tensor            # Eq. (1), weighted
-    L_kp: Tensor
-    L_joints: Tensor
-    L_smpl: Tensor
-    L_adv: Tensor             # by D as it is AFTER its own step
-    loss_D: Tensor
+    L_kp: Tensor              # Eq. (3)
+    L_joints: Tensor          # Eq. (5)
+    L_smpl: Tensor            # Eq. (6)
+    L_adv: Tensor             # Eq. (7), by D as it is AFTER its own step
+    loss_D: Tensor            # Eq. (8)
     D_real: Tensor            # D's mean output on motion capture, BEFORE its step
     D_fake: Tensor            # and on predictions
     abs_beta: Tensor          # mean |beta| over predictions
@@ -234,7 +234,7 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
 
 
 # --------------------------------------------------------------------------------------------
-# 3. The measures (Sec. 4.1), on the 14 LSP keypoints
+# 3. The measures (Sec. 4.1): of 14 LSP keypoints; 2D of all 19, PVE of the skin
 
 def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     """Procrustes: source (B, P, 3) moved onto target (B, P, 3) by a scale, rotation and shift.
@@ -508,7 +508,8 @@ class Log:
         self.values, self.path, self.rows = [], Path(config.out) / "log.csv", [self.COLUMNS]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if start and self.path.exists():        # a run that died after its last checkpoint: rewind
-            rows = [line.split(",") for line in self.path.read_text().splitlines()[1:]]
+            lines = self.path.read_text(encoding="utf-8").splitlines()[1:]
+            rows = [line.split(",") for line in lines]
             self.rows += [row for row in rows if int(row[0]) <= start]
         print("".join(f"{name:>10s}" for name in self.COLUMNS))
         self.begun = self.line_begun = time.perf_counter()

@@ -1,6 +1,6 @@
 """The paper's claims and the slides' degradation, seen: the same training, once for every variant.
 
-    python -m appendix.ablate paper --steps 1500 --seeds 2     # seven variants, runs/ablation
+    python -m appendix.ablate paper --steps 1500 --seeds 2     # six variants, runs/ablation
     python -m appendix.ablate degradation --seeds 2            # four networks, runs/degradation
 
 Both imply --small and take train.py's flags; --variants A,B,.. chooses.  Every variant and seed has
@@ -87,6 +87,8 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
     Each run has its own folder, out/<variant>_seed<k>; a finished one is left alone, an interrupted
     one goes on.  Raises ValueError.
     """
+    if torch.distributed.is_torchelastic_launched():
+        raise ValueError("the variants are trained in one process: leave torchrun out")
     paper = args.kind == "paper"
     kind, variants = ("ablation", PAPER) if paper else ("degradation", NETWORKS)
     names = list(variants if args.variants is None else dict.fromkeys(args.variants.split(",")))
@@ -136,7 +138,9 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
     if not missing:
         TABLES[kind](out, finished())
     FIGURES[kind](out, finished())
-    print("\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}")
+    text = "\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}"
+    encoding = sys.stdout.encoding or "ascii"             # which may lack the tables' "±"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def require_same_settings(config: Config) -> None:
@@ -160,7 +164,7 @@ def require_same_settings(config: Config) -> None:
 def load_metrics(config: Config) -> dict:
     path = Path(config.out) / "metrics.json"
     try:
-        metrics = json.loads(path.read_text())
+        metrics = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         metrics = {}
     if not (isinstance(metrics, dict) and
@@ -254,7 +258,7 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
     checkpoint = load_checkpoint(Path(config.out) / "checkpoint.pt")
     kept = Path(config.out) / "probe.json"
     if kept.is_file():
-        of, *result = json.loads(kept.read_text())
+        of, *result = json.loads(kept.read_text(encoding="utf-8"))
         if of == checkpoint["seconds"]:         # no two runs take equally long
             return tuple(result)
     torch.manual_seed(config.seed)              # as `train` begins
@@ -280,7 +284,7 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
 
 
 def loss_curve(config: Config) -> tuple[list[int], list[float]]:
-    rows = list(csv.DictReader(io.StringIO((Path(config.out) / "log.csv").read_text())))
+    rows = list(csv.DictReader((Path(config.out) / "log.csv").read_text().splitlines()))
     return [int(row["step"]) for row in rows], [float(row["loss_E"]) for row in rows]
 
 
@@ -310,7 +314,7 @@ def degradation_figure(out: Path, configs: dict[tuple[str, int], Config]) -> Non
     """Loss against steps, and responses against layers: thin = plain, bold = residual."""
     def lines(path: str, x: str, y: str) -> list:
         groups = {}
-        for row in csv.DictReader(io.StringIO((out / path).read_text())):
+        for row in csv.DictReader(io.StringIO((out / path).read_text(encoding="utf-8"))):
             groups.setdefault(row["network"], {}).setdefault(int(row[x]), []).append(float(row[y]))
         return [(name, "#c0392b" if "34" in name else "#2471a3", 1 if "plain" in name else 3,
                  [*line], [statistics.mean(v) for v in line.values()])
