@@ -360,8 +360,8 @@ def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_bet
 class Discriminator(nn.Module):
     """rotmats (N, 23, 3, 3) without root, betas (N, 10) -> (N, 25) = [23 joints | all | shape].
 
-    SMPL's factorised form makes the adversary data-efficient and stable (slides): one network a joint
-    learns its limits, one for the whole pose learns how joints go together, one the shape.  Real
+    SMPL's factorised form makes the adversary data-efficient and stable (slides): one network a
+    joint learns its limits, one for the whole pose how joints go together, one the shape.  Real
     ones come from motion capture and need no picture; this is what replaces paired 3D.
     Linear outputs: least squares pulls them to 0 and 1, no sigmoid although the paper writes [0,1].
     """

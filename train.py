@@ -508,8 +508,7 @@ class Log:
         self.values, self.path, self.rows = [], Path(config.out) / "log.csv", [self.COLUMNS]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if start and self.path.exists():        # a run that died after its last checkpoint: rewind
-            lines = self.path.read_text(encoding="utf-8").splitlines()[1:]
-            rows = [line.split(",") for line in lines]
+            rows = [line.split(",") for line in self.path.read_text().splitlines()[1:]]
             self.rows += [row for row in rows if int(row[0]) <= start]
         print("".join(f"{name:>10s}" for name in self.COLUMNS))
         self.begun = self.line_begun = time.perf_counter()
