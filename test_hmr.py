@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
