@@ -38,7 +38,7 @@ from smpl import FLIP_JOINTS, SMPL, batch_rodrigues, exit_status, lbs, write_ato
 
 MOCAP = Path(__file__).resolve().parent / "assets" / "mocap.npz"
 # --small's; mostly upright: spin is level in the air for 40 frames, held-out kick leans over
-UPRIGHT = ("walk", "run", "dance_a", "punch", "spin", "spinkick", "jump")
+UPRIGHT = ("walk", "run", "dance_a", "punch", "spin", "spinkick", "jump", "dance_b", "kick")
 HELD_OUT = ("dance_b", "kick", "roll")                                         # never trained on
 # Joints that are swapped between frames as one piece: arms (collar to hand), legs, spine, head.
 LIMBS = ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11), (3, 6, 9),
@@ -47,13 +47,10 @@ LIMBS = ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11
 
 def load_mocap(upright: bool, held_out: bool) -> Tensor:
     """Frames of the training or the held-out clips -> (M, 24, 3) axis-angle, SMPL's y-up frame."""
-    with np.load(MOCAP, allow_pickle=False) as file:
-        clips = {name: file[name] for name in file.files}
-    if held_out:
-        names = [n for n in HELD_OUT if not (upright and n == "roll")]
-    else:
-        names = UPRIGHT if upright else [n for n in sorted(clips) if n not in HELD_OUT]
-    frames = np.concatenate([clips[n] for n in names]).astype(np.float32)         # (M, 72)
+    with np.load(MOCAP, allow_pickle=False) as clips:
+        names = UPRIGHT if upright else sorted(clips.files)
+        kept = [clips[name] for name in names if (name in HELD_OUT) == held_out]
+    frames = np.concatenate(kept).astype(np.float32)                  # (M, 72)
     return torch.from_numpy(frames).view(-1, 24, 3)
 
 
@@ -428,15 +425,14 @@ def save_png(path: str | Path, image: Tensor) -> None:
 
 
 def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: float = 2,
-                visible: Tensor | None = None, filled: bool = True) -> Tensor:
+                filled: bool = True) -> Tensor:
     """Discs, or circles if not filled, at keypoints2d (K, 2) in [-1, 1] on image (3, H, W)."""
     size = image.shape[-1]
     p = torch.arange(size, device=image.device) + 0.5
-    for i, (x, y) in enumerate(((keypoints2d + 1) * size / 2).tolist()):
-        if visible is None or visible[i] > 0:
-            distance = ((p[None] - x) ** 2 + (p[:, None] - y) ** 2).sqrt()        # (H, W)
-            mask = distance <= radius if filled else (distance - radius).abs() <= 0.8
-            image = torch.where(mask, image.new_tensor(color)[:, None, None], image)
+    for x, y in ((keypoints2d + 1) * size / 2).tolist():
+        distance = ((p[None] - x) ** 2 + (p[:, None] - y) ** 2).sqrt()            # (H, W)
+        mask = distance <= radius if filled else (distance - radius).abs() <= 0.8
+        image = torch.where(mask, image.new_tensor(color)[:, None, None], image)
     return image
 
 
@@ -499,7 +495,7 @@ def _demo(out: Path) -> None:
         print(f"look {look!r:8s} {size} px: {batch.visible.mean():.0%} of keypoints labelled, "
               f"{batch.has_3d.mean():.0%} of pictures with 3D, {len(frames)} mocap frames")
         image = interpolate(batch.image, (224, 224), mode="nearest")
-        drawn = [draw_points(i, k, visible=v) if n % 2 else i for n, (i, k, v) in
+        drawn = [draw_points(i, k[v > 0]) if n % 2 else i for n, (i, k, v) in
                  enumerate(zip(image, batch.keypoints2d, batch.visible))]
         rows += [torch.cat(drawn[:8], 2), torch.cat(drawn[8:], 2)]
     save_png(out / "data.png", torch.cat(rows, 1))

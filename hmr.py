@@ -25,13 +25,14 @@ import argparse
 import math
 import sys
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from smpl import SMPL, batch_rodrigues, exit_status, rot6d_to_rotmat
+from smpl import SMPL, batch_rodrigues, exit_status, rot6d_to_rotmat, without_autocast
 
 # --------------------------------------------------------------------------------------------
 # 1. The image encoder (Sec. 3.4; slides: ResNet)
@@ -48,7 +49,20 @@ RESNETS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 
            101: (True, (3, 4, 23, 3)), 152: (True, (3, 8, 36, 3))}
 
 
-class BasicBlock(nn.Module):
+class Block(nn.Module):
+    """slides: y = F(x, {W_i}) + x.  Then the ReLU: it comes AFTER the addition in ResNet v1.
+
+    slides: a block that is to compute H(x) learns only F(x) := H(x) - x.  With zero weights in F it
+    is the identity (its input is non-negative, being a ReLU's output), which a plain block
+    (downsample None) would have to learn: the slides' constructed solution.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.residual(x)
+        return F.relu(y if self.downsample is None else y + self.downsample(x))
+
+
+class BasicBlock(Block):
     """slides: two 3x3 convolutions, y = F(x) + x (18 and 34 layers)."""
     expansion = 1
 
@@ -58,18 +72,14 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.plain = plain
         self.downsample = None if plain else shortcut(inputs, width, stride)
 
     def residual(self, x: Tensor) -> Tensor:
         """F(x): (B, C, H, W) -> (B, width, H/stride, W/stride); no ReLU at its end."""
         return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return join(x, self.residual(x), self.downsample, self.plain)
 
-
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """slides: 1x1 down, 3x3, 1x1 up to 4 * width (50, 101 and 152 layers)."""
     expansion = 4
 
@@ -83,7 +93,6 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.plain = plain
         self.downsample = None if plain else shortcut(inputs, 4 * width, stride)
 
     def residual(self, x: Tensor) -> Tensor:
@@ -92,27 +101,12 @@ class Bottleneck(nn.Module):
         x = F.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return join(x, self.residual(x), self.downsample, self.plain)
 
-
-def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
-    """slides: identity where dimensions agree (None), else the projection W_s: y = F(x) + W_s x."""
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """slides: identity where dimensions agree, else the projection W_s: y = F(x) + W_s x."""
     if stride == 1 and inputs == outputs:
-        return None
+        return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-
-def join(x: Tensor, residual: Tensor, projection: nn.Module | None, plain: bool) -> Tensor:
-    """slides: y = F(x, {W_i}) + x.  Then the ReLU: it comes AFTER the addition in ResNet v1.
-
-    slides: a block that is to compute H(x) learns only F(x) := H(x) - x.  With zero weights in F it
-    is the identity (its input is non-negative, being a ReLU's output), which a plain block would
-    have to learn: the slides' constructed solution.
-    """
-    if plain:
-        return F.relu(residual)
-    return F.relu(residual + (x if projection is None else projection(x)))
 
 
 class ResNet(nn.Module):
@@ -218,6 +212,7 @@ class Regressor(nn.Module):
             nn.init.zeros_(layer.bias)
         self.register_buffer("theta_bar", theta_bar)                  # (1, 85)
 
+    @without_autocast
     def forward(self, feature: Tensor) -> list[Tensor]:
         theta = self.theta_bar.expand(len(feature), -1)               # (B, 85) Theta_0
         thetas = []
@@ -279,8 +274,9 @@ class HMR(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], HMROutput]:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images must be (B, 3, H, W), numbers in [0, 1] (divide bytes by "
+                             f"255); got {tuple(images.shape)}, {images.dtype}")
         thetas = self.regressor(self.encode(images))                  # T x (B, 85)
         return thetas, self.decode(thetas[-1])
 
@@ -290,6 +286,7 @@ class HMR(nn.Module):
         with torch.autocast(images.device.type, self.amp) if self.amp else nullcontext():
             return self.encoder(images)                               # (B, C)
 
+    @without_autocast
     def decode(self, theta: Tensor, vertices: bool = False) -> HMROutput:
         """Theta (B, 85) -> HMROutput: rotation matrices, the body, its projection."""
         cam, pose, betas = split_theta(theta)
@@ -307,14 +304,14 @@ class HMR(nn.Module):
 RIGHT_HIP, LEFT_HIP, LSP = 2, 3, 14          # among the 19 keypoints; LSP's are the first 14
 
 
-def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
-    """Sum of error * mask over the number of elements counted; exactly 0 when there are none.
+def masked_mean(difference: Tensor, mask: Tensor, penalty: Callable) -> Tensor:
+    """Mean penalty of the differences whose mask is not 0 (as TensorFlow counts); 0 if none is.
 
-    What the mask hides must still be finite (fill missing labels with 0 or -1, not with NaN).
+    The `where` comes before the penalty: a missing label may be NaN, and NaN * 0 is NaN.
     """
-    mask = mask.to(error.dtype).expand_as(error)
-    count = mask.sum()                                                # ()
-    return (error * mask).sum() / torch.where(count > 0, count, torch.ones_like(count))
+    mask = (mask != 0).expand_as(difference)
+    error = penalty(torch.where(mask, difference, 0))                 # as `difference`
+    return error.sum() / mask.sum().clamp(min=1)                      # ()
 
 
 def keypoint_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
@@ -323,7 +320,7 @@ def keypoint_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
     L1, as the equation and the code have it (Fig. 2's graphic shows a squared L2).  The mean is
     over the visible coordinates of the whole BATCH: 2 * sum(v) of them, not per image.
     """
-    return masked_mean((target - pred).abs(), visible[..., None])     # Eq. (3)
+    return masked_mean(target - pred, visible[..., None], torch.abs)        # Eq. (3)
 
 
 def center_hips(keypoints3d: Tensor) -> Tensor:
@@ -338,7 +335,7 @@ def joints3d_loss(pred: Tensor, target: Tensor, has_3d: Tensor) -> Tensor:
     The 14 LSP keypoints, each body centred at its own hips; 0.5 * mean over (samples with 3D x 42).
     """
     error = center_hips(pred[:, :LSP]) - center_hips(target[:, :LSP])             # (B, 14, 3)
-    return 0.5 * masked_mean(error.square(), has_3d[:, None, None])   # Eq. (5)
+    return 0.5 * masked_mean(error, has_3d[:, None, None], torch.square)     # Eq. (5)
 
 
 def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_betas: Tensor,
@@ -351,7 +348,7 @@ def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_bet
     """
     pred = torch.cat([rotmats.flatten(1), betas], 1)                  # (B, 226)
     target = torch.cat([target_rotmats.flatten(1), target_betas], 1)  # (B, 226)
-    return 0.5 * masked_mean((pred - target).square(), has_smpl[:, None])         # Eq. (6)
+    return 0.5 * masked_mean(pred - target, has_smpl[:, None], torch.square)     # Eq. (6)
 
 
 # --------------------------------------------------------------------------------------------
@@ -429,23 +426,9 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 def count_multiply_adds(network: ResNet, size: int = 224) -> int:
     """Multiply-adds of one picture through convolutions and classifier: the slides' "FLOPs"."""
-    total = 0
-
-    def count(module, inputs, output):
-        nonlocal total
-        if isinstance(module, nn.Conv2d):
-            total += module.weight.numel() * output.shape[2] * output.shape[3]
-        else:
-            total += module.weight.numel()
-
-    hooks = [m.register_forward_hook(count) for m in network.modules()
-             if isinstance(m, (nn.Conv2d, nn.Linear))]
-    device = network.conv1.weight.device          # "meta" counts without computing
-    with torch.no_grad():
-        network.eval()(torch.zeros(1, 3, size, size, device=device))
-    for hook in hooks:
-        hook.remove()
-    return total
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.eval()(network.conv1.weight.new_zeros(1, 3, size, size))   # "meta": counts alone
+    return counter.get_total_flops() // 2         # a multiply-add is two of its operations
 
 
 def move_strides_to_1x1(network: ResNet) -> ResNet:

@@ -17,6 +17,7 @@ axis, the length is the angle in radians.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import math
@@ -167,8 +168,7 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     v_shaped = v_template + blend_shapes(betas, shapedirs)            # (B, V, 3)
     # 2. Joints of THIS person, in the rest pose and before any pose correction.  J_regressor is for
     #    v_shaped; as both are linear, it is applied to the directions, once for all bodies.
-    joint_dirs = J_regressor @ shapedirs.flatten(1)                   # (24, 30)
-    joint_dirs = joint_dirs.unflatten(1, (3, 10))                     # (24, 3, 10)
+    joint_dirs = (J_regressor @ shapedirs.flatten(1)).unflatten(1, (3, 10))       # (24, 3, 10)
     J = J_regressor @ v_template + blend_shapes(betas, joint_dirs)    # (B, 24, 3)
     # 3. Pose blend shapes: what skinning alone would get wrong (collapsing elbows, bulging
     #    knees), linear in the elements of R - I.  "- I" makes the rest pose need no correction.
@@ -189,6 +189,17 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
 
 # --------------------------------------------------------------------------------------------
 # The body file made callable
+
+def without_autocast(method: Callable) -> Callable:
+    """Keep a caller's autocast out of a method: bfloat16 would be 1 cm in a body."""
+    @functools.wraps(method)
+    def in_full_precision(self, x: Tensor, *args, **options):
+        if x.device.type == "meta":                       # which knows no autocast
+            return method(self, x, *args, **options)
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *args, **options)
+    return in_full_precision
+
 
 class SMPLOutput(NamedTuple):
     vertices: Tensor | None   # (B, V, 3), None if not asked for
@@ -235,13 +246,16 @@ class SMPL(nn.Module):
             value = value.permute(2, 0, 1).contiguous().permute(1, 2, 0)
         self.register_buffer(name, value, persistent=False)
 
+    @without_autocast
     def forward(self, betas: Tensor, pose: Tensor, vertices: bool = True) -> SMPLOutput:
         """betas (B, 10); pose (B, 72) or (B, 24, 3) axis-angle, or (B, 24, 3, 3) matrices.
 
         -> SMPLOutput in SMPL's frame, metres.  `vertices=False` skins only what the keypoints need.
         """
-        if betas.ndim != 2 or betas.shape[1] != 10:
-            raise ValueError(f"betas must be (B, 10), got {tuple(betas.shape)}")
+        if betas.ndim != 2 or betas.shape[1] != 10 or not {betas.dtype, pose.dtype} <= {
+                torch.float32, torch.float64}:
+            raise ValueError(f"betas must be (B, 10), and with the pose float32 or float64; got "
+                             f"{tuple(betas.shape)}, {betas.dtype} and {pose.dtype}")
         B = betas.shape[0]
         if tuple(pose.shape) == (B, 24, 3, 3):
             rotmats = pose
@@ -263,6 +277,14 @@ class SMPL(nn.Module):
 
 # ============================================================================================
 # Not needed to understand HMR: writing files, reading body files.
+
+def say(text: str) -> None:
+    """Print a line of a run, which goes on if nobody reads it any longer (`| head`)."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
 
 def save_obj(path: str | os.PathLike, vertices: Tensor, faces: Tensor) -> None:
     """Write one mesh, vertices (V, 3) and faces (F, 3), as Wavefront OBJ (1-based indices)."""
@@ -291,7 +313,10 @@ def printable(text: object) -> str:
 
 def exit_status(program: str, run: Callable[[], None]) -> int:
     """Run a command.  Bad input (ValueError, OSError), full memory: one sentence, exit status 2;
-    Ctrl-C: 130."""
+    Ctrl-C: 130.  Letters that the terminal lacks are escaped: they end no run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         run()
     except KeyboardInterrupt as error:

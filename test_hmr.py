@@ -400,7 +400,7 @@ def test_a_residual_block_with_zero_weights_is_the_identity():
             if isinstance(module, nn.Conv2d):
                 nn.init.zeros_(module.weight)
         assert torch.equal(block.eval()(x), x), "y = F(x) + x with F = 0 must be x"
-        block.plain = True
+        block.downsample = None
         assert (block(x) == 0).all(), "a plain block has no shortcut"
 
 
@@ -658,6 +658,21 @@ def test_the_losses_are_the_official_codes(golden):
           1e-14, "L_joints: 0.5 * mean over the labelled, centred at the hips' midpoint")
     close(hmr.smpl_loss(rotmats(pred), pred[:, 216:], rotmats(true), true[:, 216:], has_smpl),
           g["out_loss_smpl"], 1e-14, "L_smpl: 0.5 * mean over 226 numbers, the root's included")
+
+
+@pytest.mark.parametrize("hidden", [math.nan, math.inf, 1e30])
+def test_what_a_mask_hides_may_be_anything(hidden):
+    pred, target = torch.randn(2, 19, 3), torch.randn(2, 19, 3)
+    seen = torch.tensor([[1.0] * 19, [0.0] * 19])
+    results = []
+    for value in (0.0, hidden):
+        p, t = pred.clone().requires_grad_(), target.clone()
+        t[1] = value
+        L = hmr.keypoint_loss(p[..., :2], t[..., :2], seen) + hmr.joints3d_loss(p, t, seen[:, 0])
+        L = L + hmr.smpl_loss(p[:, :1], p[:, 1, :1], t[:, :1], t[:, 1, :1], seen[:, 0])
+        results.append((L, *torch.autograd.grad(L, p)))
+    for known, got in zip(*results):
+        assert torch.equal(known, got), "mask before the penalty: NaN * 0 is NaN"
 
 
 def test_nothing_labelled_costs_nothing_and_gives_no_nan():

@@ -23,7 +23,9 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
+import urllib.error
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -36,7 +38,7 @@ from data import Batch, SyntheticPeople, load_mocap, look_at, mirror_pose, save_
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
                  encoder_adversarial_loss, joints3d_loss, keypoint_loss, pose_to_rotmats, smpl_loss,
                  split_theta)
-from smpl import SMPL, batch_rodrigues, exit_status, write_atomically
+from smpl import SMPL, batch_rodrigues, exit_status, say, write_atomically
 
 # --------------------------------------------------------------------------------------------
 # 1. Hyperparameters.  Losses, batch, steps and rates are the official do_train.sh's (the official
@@ -191,6 +193,12 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
     if not checkpoint and any((out / name).exists() for name in ("checkpoint.pt", "log.csv")):
         raise ValueError(f"--out {out}: holds a run already; name another folder, or go on with it "
                          f"(if it has a checkpoint.pt) by --resume --out {out}")
+    try:                                          # found now, not at the first log line
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"--out {out}: expected a folder that can be written ({error.strerror}); "
+                         f"name another") from None
     rank, ranks = rank_and_ranks()                                    # 0, 1 unless by torchrun
     torch.manual_seed(config.seed + rank)                             # initialisation and dropout
     smpl = SMPL(config.smpl or None).to(config.device)
@@ -347,6 +355,9 @@ def evaluate(model: HMR, config: Config, D: nn.Module | None = None) -> dict:
         thetas, _ = model(batch.image)                                # T x (B, 85)
         bodies = [model.decode(theta, vertices=True)
                   for theta in (baseline.expand(len(batch.image), -1), *thetas)]
+        if not all(body.vertices.abs().max() < 1e6 for body in bodies):           # NaN, too
+            raise ValueError("the network's bodies are not finite, or a thousand kilometres large: "
+                             "it cannot be measured; train again at a lower rate")
         for kept, pred in zip(errors, [true, *bodies]):
             kept.append(pose_errors(pred, true) | monstrosity(pred, recorded))
         if D is not None:
@@ -396,7 +407,7 @@ def build(config: Config, smpl: SMPL) -> HMR:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if not smpl.mean_pose.any():
-        print(f"{smpl.name} holds no mean_pose: the regressor starts from the T-pose")
+        say(f"{smpl.name} holds no mean_pose: the regressor starts from the T-pose")
     model = HMR(smpl, config.depth, config.iterations, config.width, config.plain, config.dropout,
                 config.rotation, torch.bfloat16 if config.amp == "bf16" else None)
     # channels_last: the fastest layout
@@ -406,12 +417,18 @@ def build(config: Config, smpl: SMPL) -> HMR:
 def load_pretrained(encoder: nn.Module, config: Config) -> None:
     """ImageNet's (or a FILE's) weights into the encoder.  Raises ValueError, never goes without."""
     if config.pretrained == "imagenet":
+        weights = torchvision.models.get_model_weights(f"resnet{config.depth}")["IMAGENET1K_V1"]
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         try:
-            weights = torchvision.models.get_model(f"resnet{config.depth}", weights="IMAGENET1K_V1"
-                                                   ).state_dict()
+            weights = weights.get_state_dict(check_hash=True, weights_only=True)
         except Exception as error:
-            raise ValueError(f"--pretrained imagenet: no weights ({type(error).__name__}); name a "
-                             f"FILE, or none: from scratch, at the rate --lr-scratch") from None
+            no_network = (urllib.error.URLError, TimeoutError, ConnectionError)
+            why = f"no network to reach {weights.url}" if isinstance(error, no_network) else \
+                f"{file} cannot be read or written" if isinstance(error, OSError) else \
+                f"{file} is cut or not what its name says; delete it, if it is there"
+            raise ValueError(f"--pretrained imagenet: {why} ({type(error).__name__}).  Or give "
+                             f"--pretrained FILE, or --pretrained none: from scratch, at the rate "
+                             f"--lr-scratch {config.lr_scratch:g}") from None
     else:
         weights = load_file(Path(config.pretrained))
     try:                                        # all but torchvision's classifier
@@ -431,16 +448,31 @@ def load_file(path: Path) -> dict:
                          f"truncated or of another program") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors by name; name a checkpoint")
+    if bad := not_finite(content):
+        raise ValueError(f"{path}: {bad} holds NaN or infinity; name another file")
     return content
 
 
-def load_checkpoint(path: Path) -> dict:
+def not_finite(tree, name: str = "") -> str | None:
+    """The name of the first tensor in nested dicts and lists that holds NaN or infinity."""
+    if isinstance(tree, Tensor):
+        return None if tree.isfinite().all() else name
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(
+        tree, (list, tuple)) else ()
+    found = (not_finite(part, f"{name}.{key}".lstrip(".")) for key, part in parts)
+    return next(filter(None, found), None)
+
+
+def load_checkpoint(path: Path, smpl: str | None = None) -> dict:
     checkpoint, default = load_file(path), dataclasses.asdict(Config())
     stored = checkpoint.get("config")
     if not ({"model", "discriminator", "opt_E", "opt_D", "step", "seconds", "body", "rng"}
             <= checkpoint.keys() and isinstance(stored, dict) and stored.keys() == default.keys()
             and all(isinstance(stored[k], (type(v), int)) for k, v in default.items())):
         raise ValueError(f"{path}: not a checkpoint of this version of train.py; name one")
+    stored["smpl"] = smpl or stored["smpl"]
+    if stored["smpl"] and not os.path.exists(stored["smpl"]):
+        raise FileNotFoundError(f"{stored['smpl']}: no such body file; give --smpl its new place")
     return checkpoint
 
 
@@ -453,6 +485,9 @@ def save_state(log: "Log", state: dict, step: int, loss: float) -> None:
     smpl, rng = state["model"].smpl, {"cpu": torch.get_rng_state()}
     rng |= {"cuda": torch.cuda.get_rng_state()} if log.config.device == "cuda" else {}
     content = {name: part.state_dict() for name, part in state.items()}
+    if bad := not_finite(content):
+        raise ValueError(f"{bad} is no longer finite after step {step}: lower {log.rate()}; a "
+                         f"checkpoint saved before is kept")
     content |= {"step": step, "seconds": log.seconds(), "rng": rng,
                 "config": dataclasses.asdict(log.config), "body": [smpl.name, smpl.sha256]}
     file = io.BytesIO()
@@ -490,9 +525,8 @@ def load(path: str | os.PathLike, smpl: str | os.PathLike | None = None,
     path: a run's checkpoint.pt; smpl: the body FILE, if it is no longer where it was in training.
     In float32 (`model.amp = torch.bfloat16` for speed).  Raises FileNotFoundError or ValueError.
     """
-    checkpoint = load_checkpoint(Path(path))
-    stored = checkpoint["config"] | {"device": device}
-    config = settle(Config(**stored | ({"smpl": os.fspath(smpl)} if smpl else {})))
+    checkpoint = load_checkpoint(Path(path), os.fspath(smpl or ""))
+    config = settle(Config(**checkpoint["config"] | {"device": device}))
     model = build(config, SMPL(config.smpl or None).to(config.device))
     D, model.amp = Discriminator().to(config.device), None
     fill(checkpoint, {"model": model, "discriminator": D})
@@ -506,21 +540,22 @@ class Log:
     def __init__(self, config: Config, lr: float, start: int = 0, seconds: float = 0.0):
         self.config, self.lr, self.start, self.before = config, lr, start, seconds
         self.values, self.path, self.rows = [], Path(config.out) / "log.csv", [self.COLUMNS]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if start and self.path.exists():        # a run that died after its last checkpoint: rewind
-            rows = [line.split(",") for line in self.path.read_text().splitlines()[1:]]
-            self.rows += [row for row in rows if int(row[0]) <= start]
-        print("".join(f"{name:>10s}" for name in self.COLUMNS))
+            rows = self.path.read_text(encoding="utf-8").splitlines()[1:]
+            self.rows += [row.split(",") for row in rows if int(row.split(",")[0]) <= start]
+        say("".join(f"{name:>10s}" for name in self.COLUMNS))
         self.begun = self.line_begun = time.perf_counter()
 
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.begun
 
+    def rate(self) -> str:
+        return ("--lr-scratch" if self.config.pretrained == "none" else "--lr") + f" {self.lr:g}"
+
     def require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            rate = "--lr-scratch" if self.config.pretrained == "none" else "--lr"
-            raise ValueError(f"the losses are no longer finite at step {step}: lower {rate} "
-                             f"{self.lr:g}; {self.path} may show which term grew first")
+            raise ValueError(f"the losses are no longer finite at step {step}: lower {self.rate()}"
+                             f"; {self.path} may show which term grew first")
 
     def add(self, step: int, losses: Losses, pressed: bool) -> bool:
         """pressed: Ctrl-C on this rank -> stop now?  Ranks agree on it at a line: they meet."""
@@ -540,8 +575,8 @@ class Log:
         self.require_finite(sum(means), step + 1)
         # after Ctrl-C between two lines: no line, since its means would be over fewer steps
         if rank == 0 and (last or steps == self.config.log_every):
-            print(f"{step + 1:10d}" + "".join(f"{m:10.4g}" for m in means) + f"{rate:10.0f}"
-                  f"{str(datetime.timedelta(seconds=round(left))):>10s}", flush=True)
+            say(f"{step + 1:10d}" + "".join(f"{m:10.4g}" for m in means) + f"{rate:10.0f}"
+                f"{str(datetime.timedelta(seconds=round(left))):>10s}")
             self.rows.append([step + 1, *(f"{m:.6g}" for m in means), f"{rate:.1f}", round(left)])
             write_atomically(self.path, "".join(",".join(map(str, row)) + "\n"
                                                 for row in self.rows).encode())
@@ -551,8 +586,7 @@ class Log:
 @torch.no_grad()
 def overlays(model: HMR, batch: Batch) -> Tensor:
     """input | overlay | turned 90 degrees of a few held-out pictures -> (3, B * 224, 3 * 224)."""
-    thetas, _ = model.eval()(batch.image)
-    pred = model.decode(thetas[-1], vertices=True)
+    pred = model.decode(model.eval()(batch.image)[0][-1], vertices=True)
     model.train()                                                     # where it was called from
     return look_at(batch.image, pred.vertices, model.smpl.faces, pred.cam)
 
@@ -566,10 +600,10 @@ def finish(model: HMR, D: nn.Module, shown: Batch, log: Log) -> dict:
                 "precision": PRECISION[config.amp], "device": device_name(config.device),
                 "torch": torch.__version__, "seed": config.seed,
                 "config": dataclasses.asdict(config) | {"lr_used": log.lr}}
-    write_atomically(out / "metrics.json", json.dumps(metrics, indent=1).encode())
+    write_atomically(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False).encode())
     print_table(metrics)
-    print(f"{metrics['images']:,} pictures in {seconds / 60:.1f} min on {metrics['device']}; "
-          f"picture: {out / 'picture.png'}  numbers: {out / 'metrics.json'}")
+    say(f"{metrics['images']:,} pictures in {seconds / 60:.1f} min on {metrics['device']}; "
+        f"picture: {out / 'picture.png'}  numbers: {out / 'metrics.json'}")
     return metrics
 
 
@@ -580,16 +614,16 @@ MEASURES = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"
 
 
 def print_table(metrics: dict) -> None:
-    print(f"held-out clips, measured in float32; trained in {metrics['precision']}")
-    print(" " * 14 + "".join(f"{title:>12s}" for _, title in MEASURES))
+    say(f"held-out clips, measured in float32; trained in {metrics['precision']}")
+    say(" " * 14 + "".join(f"{title:>12s}" for _, title in MEASURES))
     rows = {f"iteration {t}": row for t, row in enumerate(metrics["per_iteration"], 1)}
     for name, row in {"Theta-bar": metrics["baseline"], **rows, "truth": metrics["truth"]}.items():
-        print(f"{name:14s}" + "".join(f"{row[key]:12.1f}" for key, _ in MEASURES))
+        say(f"{name:14s}" + "".join(f"{row[key]:12.1f}" for key, _ in MEASURES))
     share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in MEASURES[:4]]     # errors
-    print(f"{'% of Theta-bar':14s}" + "".join(f"{s:12.0f}" for s in share))
+    say(f"{'% of Theta-bar':14s}" + "".join(f"{s:12.0f}" for s in share))
     for side, heads in metrics.get("heads", {}).items():
-        print(f"D's {len(heads)} outputs on {side}: min {min(heads):.2f}, median "
-              f"{sorted(heads)[len(heads) // 2]:.2f}, max {max(heads):.2f}")
+        say(f"D's {len(heads)} outputs on {side}: min {min(heads):.2f}, median "
+            f"{sorted(heads)[len(heads) // 2]:.2f}, max {max(heads):.2f}")
 
 
 def device_name(device: str) -> str:
@@ -661,7 +695,7 @@ def small_preset(given: dict, more: dict = {}, more_cpu: dict = {}) -> dict:
     preset = SMALL | more | (SMALL_CPU | more_cpu if no_gpu else {})
     changes = [f"{k} {getattr(Config, k)} -> {v}" for k, v in (preset | given).items()
                if v != getattr(Config, k) and k not in ("device", "out")]
-    print("--small without a GPU changes:" if no_gpu else "--small changes:", ", ".join(changes))
+    say(f"--small{' without a GPU' if no_gpu else ''} changes: " + ", ".join(changes))
     return preset
 
 
@@ -675,7 +709,7 @@ def resume(given: dict) -> None:
          "--resume")
     given = {"device": "auto", "out": "runs/full"} | given
     path = Path(given["out"]) / "checkpoint.pt"
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, given.get("smpl"))
     done, planned = checkpoint["step"], checkpoint["config"]["steps"]
     config = make_config(given, checkpoint["config"])
     if config.schedule == "onecycle" and config.steps != planned:
@@ -695,16 +729,15 @@ def run(argv: list[str] | None) -> None:
     mode.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="only measure this one")
     given, args = parse(parser, argv)
     join_the_ranks(given.get("device", "auto"))
+    if args.small and not args.eval:
+        given.setdefault("out", "runs/small")
     if args.eval:
         only("smpl device eval_pictures", given | ({"small": 1} if args.small else {}), "--eval")
         model, D, config = load(args.eval, given.get("smpl"), given.get("device", "auto"))
         config = settle(dataclasses.replace(config, **given))
         metrics = evaluate(model, config, D if config.adv else None)
         print_table(metrics | {"precision": PRECISION[config.amp]})
-        return
-    if args.small:
-        given.setdefault("out", "runs/small")
-    if args.resume:
+    elif args.resume:
         resume(given)
     else:
         train(make_config(given, small_preset(given) if args.small else {}))

@@ -30,7 +30,7 @@ from torchvision.transforms.v2 import functional as vision
 import train
 from data import draw_mesh, draw_points, save_png, side_view
 from hmr import LSP
-from smpl import SMPL, exit_status, write_atomically
+from smpl import SMPL, exit_status, say, write_atomically
 from train import MEASURES, Config, evaluation_pictures, flag, load_checkpoint, make_config
 
 # --------------------------------------------------------------------------------------------
@@ -127,9 +127,8 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
     for n, run in enumerate(missing):
         seconds = [load_metrics(config)["seconds"] for config in finished().values()]
         left = (len(missing) - n) * sum(seconds) / max(len(seconds), 1)
-        print(f"\n{run[0]}, seed {run[1]}: run {len(wanted) - len(missing) + n + 1} of "
-              f"{len(wanted)}" + (f", {datetime.timedelta(seconds=round(left))} left for all"
-                                  if seconds else ""))
+        say(f"\n{run[0]}, seed {run[1]}: run {len(wanted) - len(missing) + n + 1} of {len(wanted)}"
+            + (f", {datetime.timedelta(seconds=round(left))} left for all" if seconds else ""))
         try:
             train_or_go_on(run[0], config_of_run(*run))
         except KeyboardInterrupt:
@@ -138,9 +137,7 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
     if not missing:
         TABLES[kind](out, finished())
     FIGURES[kind](out, finished())
-    text = "\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}"
-    encoding = sys.stdout.encoding or "ascii"             # which may lack the tables' "±"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    say("\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}")
 
 
 def require_same_settings(config: Config) -> None:

@@ -47,6 +47,9 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
     the window before `zoom` (0.8 to 1.23) scales it.  Beyond the picture its edge is repeated, as
     in the official code (SPIN pads with zeros).  Unlabelled points are set to 0.
     """
+    if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
+        raise ValueError(f"the picture must be (3, H, W), numbers in [0, 1] (divide bytes by 255, "
+                         f"colours first); got {tuple(image.shape)}, {image.dtype}")
     seen = keypoints[visible > 0]                                     # (n, 2)
     if len(seen) < 2:
         raise ValueError(f"cropping needs at least 2 visible keypoints, got {len(seen)}")
@@ -63,7 +66,8 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
     grid = F.affine_grid(window[None], [1, 3, size, size], align_corners=False)
     crop = F.grid_sample(image[None], grid, "bilinear", padding_mode="border",
                          align_corners=False)[0]                      # (3, size, size)
-    return crop, 2 * (keypoints - center) / side * (visible > 0)[:, None]
+    points = 2 * (keypoints - center) / side                          # (19, 2)
+    return crop, torch.where(visible[:, None] > 0, points, torch.zeros_like(points))
 
 
 def flip_batch(batch: Batch) -> Batch:

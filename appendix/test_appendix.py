@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tracemalloc
 import types
+import urllib.error
 import zipfile
 from pathlib import Path
 
@@ -1313,6 +1314,145 @@ def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys
         with pytest.raises(SystemExit) as stop:
             train.main(arguments)
         assert stop.value.code == 2
+
+
+SHORT = ["--small", "--width", "8", "--batch", "2", "--size", "32", "--eval-pictures", "1",
+         "--log-every", "1", "--save-every", "1", "--schedule", "constant", "--device", "cpu"]
+
+
+def test_nothing_that_is_not_finite_replaces_a_checkpoint(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*SHORT, "--rotation", "axis-angle", "--no-adv", "--lr-scratch", "1",
+                       "--steps", "4", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"model\.\S+ is no longer finite after step 2: lower --lr-scratch 1", error)
+    checkpoint = train.load_checkpoint(out / "checkpoint.pt")         # raises if it is not finite
+    assert checkpoint["step"] == 1
+    # weights may be finite and bodies not: one sentence, no traceback from the measures' SVD
+    assert train.main(["--eval", str(out / "checkpoint.pt"), "--eval-pictures", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "bodies are not finite" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("part", ["model", "discriminator", "opt_E", "opt_D"])
+def test_every_part_of_a_checkpoint_is_looked_at(part, tmp_path, body):
+    config = tiny(tmp_path / "run", steps=1)
+    train.train(config)
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    last = [leaf for leaf in tree_leaves(content[part])
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()][-1]
+    last.view(-1)[-1] = math.nan
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"{part}\S* holds NaN"):
+        train.load_checkpoint(path)
+
+
+def test_pretrained_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    weights["layer1.0.bn1.running_var"][3] = math.nan     # trains with finite losses
+    torch.save(weights, tmp_path / "resnet18.pth")
+    with pytest.raises(ValueError, match="layer1.0.bn1.running_var holds NaN"):
+        train.load_pretrained(ResNet(18), train.Config(
+            depth=18, pretrained=str(tmp_path / "resnet18.pth")))
+
+
+def test_metrics_json_is_strict_json_or_is_not_written(tmp_path, monkeypatch):
+    measured = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: measured(*args) | {"mpjpe": math.inf})
+    with pytest.raises(ValueError, match="JSON"):
+        train.train(tiny(tmp_path / "run", steps=1))
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+    assert not (tmp_path / "run" / "metrics.json").exists(), "Infinity is no JSON"
+
+
+def test_missing_imagenet_weights_end_in_what_went_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    config, file = train.Config(depth=18), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+
+    def says(words):
+        with pytest.raises(ValueError, match=words) as error:
+            train.load_pretrained(ResNet(18), config)
+        assert "--pretrained FILE" in str(error.value) and "--lr-scratch 0.0001" in str(error.value)
+    for error in (urllib.error.URLError("no host"), ConnectionResetError(), TimeoutError()):
+        def unreachable(*args, error=error, **options):
+            raise error
+        monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+        says("no network to reach https://")
+    file.write_bytes(b"half a file")                                  # hub made the folder
+    says(f"{re.escape(str(file))} is cut or not what its name says; delete it")
+    file.unlink(), file.parent.rmdir(), file.parent.write_bytes(b"")  # a folder that is none
+    says(f"{re.escape(str(file))} cannot be read or written")
+
+
+def test_no_terminal_ends_a_run(tmp_path):
+    command = [sys.executable, str(HERE / "train.py"), *SHORT, "--steps", "1"]
+    done = subprocess.run([*command, "--out", "L\u00e4ufe"], cwd=tmp_path, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"L\\xe4ufe" in done.stdout, done.stderr.decode()
+    reading, writing = os.pipe()
+    os.close(reading)                                                 # nobody reads
+    done = subprocess.run([*command, "--out", "piped"], cwd=tmp_path, stdout=writing,
+                          stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "piped" / "metrics.json").is_file()
+
+
+def test_a_callers_autocast_does_not_reach_the_body(body):
+    model = HMR(body, 18, width=8).eval()
+    theta = model.regressor.theta_bar + 0.1 * torch.randn(2, 85)
+    exact = model.decode(theta, vertices=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = model.decode(theta, vertices=True)
+        thetas, pred = model(torch.rand(2, 3, 32, 32))
+        body_of = model.smpl(theta[:, -10:], theta[:, 3:75])
+        (thetas[0].sum() + pred.keypoints2d.sum()).backward()
+    assert torch.equal(exact.vertices, again.vertices), "bfloat16 is 1 cm in a body"
+    assert thetas[-1].dtype == pred.keypoints2d.dtype == body_of.vertices.dtype == torch.float32
+
+
+def test_wrong_pictures_and_poses_are_sentences(body):
+    model, points, seen = HMR(body, 18, width=8), torch.rand(19, 2) * 9, torch.ones(19)
+    for wrong in (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(3, 32, 32)):
+        with pytest.raises(ValueError, match="divide bytes by 255"):
+            model(wrong)
+    for wrong in (torch.zeros(3, 9, 9, dtype=torch.uint8), torch.zeros(9, 9, 3)):
+        with pytest.raises(ValueError, match="colours first"):
+            datasets.crop_person(wrong, points, seen)
+    for pose, betas in ((torch.zeros(1, 72).half(), torch.zeros(1, 10)),
+                        (torch.zeros(1, 72), torch.zeros(1, 10).bfloat16())):
+        with pytest.raises(ValueError, match="float32 or float64"):
+            body(betas, pose)
+
+
+@pytest.mark.parametrize("hidden", [math.nan, math.inf])
+def test_a_crop_does_not_depend_on_what_is_not_labelled(hidden):
+    image, points, seen = torch.rand(3, 80, 60), 20 + 30 * torch.rand(19, 2), torch.ones(19)
+    seen[4], points[4] = 0, hidden
+    crop, moved = datasets.crop_person(image, points, seen)
+    assert crop.isfinite().all() and moved[4].tolist() == [0, 0] and moved.isfinite().all()
+
+
+def test_out_is_tried_before_the_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_step", None)        # would fail at the first step
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        assert train.main([*SHORT, "--steps", "1", "--out", str(tmp_path / out)]) == 2
+        assert "--out" in (error := capsys.readouterr().err) and "can be written" in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_body_file_that_moved_is_asked_for(tmp_path, capsys):
+    run, old, new = str(tmp_path / "run"), tmp_path / "old.npz", tmp_path / "new.npz"
+    old.write_bytes(OPEN_BODY.read_bytes())
+    assert train.main([*SHORT, "--steps", "1", "--smpl", str(old), "--out", run]) == 0
+    old.rename(new)
+    measure, go_on = ["--eval", f"{run}/checkpoint.pt"], ["--resume", "--out", run, "--steps", "2"]
+    for command in (measure, go_on):
+        assert train.main(command) == 2
+        assert "old.npz: no such body file; give --smpl" in capsys.readouterr().err
+        assert train.main([*command, "--smpl", str(new), "--eval-pictures", "1"]) == 0
 
 
 def test_words_from_the_command_line_do_not_steer_the_terminal(tmp_path, capsys):
