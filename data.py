@@ -37,21 +37,38 @@ from smpl import FLIP_JOINTS, SMPL, batch_rodrigues, exit_status, lbs, write_ato
 # 1. Poses: recorded motion (Sec. 3.3: the adversarial prior's real samples)
 
 MOCAP = Path(__file__).resolve().parent / "assets" / "mocap.npz"
-# --small's; mostly upright: spin is level in the air for 40 frames, held-out kick leans over
+# --small's; upright but for held-out kick's 15 leaning frames, once spin's flight is left out
 UPRIGHT = ("walk", "run", "dance_a", "punch", "spin", "spinkick", "jump", "dance_b", "kick")
-HELD_OUT = ("dance_b", "kick", "roll")                                         # never trained on
+HELD_OUT = ("dance_b", "kick", "roll")                                # never trained on
+LEVEL = slice(29, 69)                                  # spin: over 45 degrees from upright, in the air
 # Joints that are swapped between frames as one piece: arms (collar to hand), legs, spine, head.
 LIMBS = ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11), (3, 6, 9),
          (12, 15))
 
 
-def load_mocap(upright: bool, held_out: bool) -> Tensor:
-    """Frames of the training or the held-out clips -> (M, 24, 3) axis-angle, SMPL's y-up frame."""
-    with np.load(MOCAP, allow_pickle=False) as clips:
-        names = UPRIGHT if upright else sorted(clips.files)
-        kept = [clips[name] for name in names if (name in HELD_OUT) == held_out]
-    frames = np.concatenate(kept).astype(np.float32)                  # (M, 72)
-    return torch.from_numpy(frames).view(-1, 24, 3)
+def load_clips(upright: bool, held_out: bool, validate: str = "") -> dict[str, Tensor]:
+    """Training clips, or those to measure on: name -> (M, 24, 3) axis-angle, SMPL's y-up frame.
+
+    validate: the training clip that is left out to choose settings by; then it alone is measured
+    on, and the held-out clips, which are for the last word, are not opened.  Raises ValueError.
+    """
+    with np.load(MOCAP, allow_pickle=False) as file:
+        names = UPRIGHT if upright else sorted(file.files)
+        clips = {name: file[name].astype(np.float32) for name in names}           # (M, 72)
+    if upright:
+        clips["spin"] = np.delete(clips["spin"], LEVEL, axis=0)
+    training = [name for name in names if name not in HELD_OUT]
+    if validate and validate not in training:
+        raise ValueError(f"--validate {validate}: expected one of {', '.join(training)}")
+    training = [name for name in training if name != validate]
+    measured = [validate] if validate else [name for name in names if name in HELD_OUT]
+    return {name: torch.from_numpy(clips[name]).view(-1, 24, 3)
+            for name in (measured if held_out else training)}
+
+
+def load_mocap(upright: bool, held_out: bool, validate: str = "") -> Tensor:
+    """All frames of `load_clips` -> (M, 24, 3)."""
+    return torch.cat(list(load_clips(upright, held_out, validate).values()))
 
 
 def mirror_pose(pose: Tensor) -> Tensor:
@@ -109,6 +126,11 @@ def face_parts(smpl: SMPL) -> Tensor:
     return torch.where(hair, HAIR, part)
 
 
+# How large a person stands in the crop: diagonal of the keypoints' box and jitter of its centre, in
+# pixels of 224, then least and greatest zoom.  The official 150 leave margins that 48 px cannot afford.
+CROPS = {"official": (150, 20, 0.8, 1.23), "tight": (212, 4, 0.95, 1.05)}         # tight: ours
+
+
 class SyntheticPeople:
     """Endless pictures of people: `world.batch(step)` is a function of (seed, step, rank) alone.
 
@@ -122,12 +144,14 @@ class SyntheticPeople:
     """
 
     def __init__(self, smpl: SMPL, frames: Tensor, batch: int, size: int, look: str = "plain",
-                 seed: int = 0, rank: int = 0, labels: str = "half", mix: bool = True):
-        for value, known in ((look, ("plain", "hard")), (labels, ("half", "2d", "all"))):
+                 seed: int = 0, rank: int = 0, labels: str = "half", mix: bool = True,
+                 crop: str = "official"):
+        for value, known in ((look, ("plain", "hard")), (labels, ("half", "2d", "all")),
+                             (crop, tuple(CROPS))):
             if value not in known:
                 raise ValueError(f"expected one of {known}, got {value!r}")
         self.smpl, self.size, self.look, self.batch_size = smpl, size, look, batch
-        self.seed, self.rank, self.mix, self.labels = seed, rank, mix, labels
+        self.seed, self.rank, self.mix, self.labels, self.crop = seed, rank, mix, labels, crop
         self.device = smpl.v_template.device
         # All fixed numbers go to the device here, once.  In `batch`, a list used as an index would
         # be copied at every step, and the copy waits until a GPU has finished all earlier work.
@@ -216,16 +240,18 @@ class SyntheticPeople:
         return self.flip @ batch_rodrigues(math.radians(5) * tilt) @ batch_rodrigues(turn)
 
     def _cameras(self, keypoints: Tensor, rng: torch.Generator) -> Tensor:
-        """The official crop and its jitter as a camera: keypoints (B, 19, 3) -> cam (B, 3).
+        """The crop and its jitter as a camera: keypoints (B, 19, 3) -> cam (B, 3).
 
-        The diagonal of the keypoints' box is 150 of 224 pixels, its midpoint the crop's centre;
-        then the centre moves by up to 20 pixels an axis and the scale by 0.8 to 1.23.
+        Official: the diagonal of the keypoints' box is 150 of 224 pixels, its midpoint the crop's
+        centre; then the centre moves by up to 20 pixels an axis and the scale by 0.8 to 1.23.
         """
+        diagonal, move, least, most = CROPS[self.crop]
         low, high = keypoints[..., :2].amin(1), keypoints[..., :2].amax(1)        # (B, 2)
         jitter = torch.rand(len(low), 3, generator=rng, device=self.device)
-        scale = 2 * 150 / 224 / (high - low).norm(dim=-1)             # (B,) crop units a metre
-        shift = 2 * 20 / 224 * (2 * jitter[:, :2] - 1) / scale[:, None]           # (B, 2) metres
-        scale = scale * (0.8 + 0.43 * jitter[:, 2])       # after the shift, as the official code
+        scale = 2 * diagonal / 224 / (high - low).norm(dim=-1)        # (B,) crop units a metre
+        shift = 2 * move / 224 * (2 * jitter[:, :2] - 1) / scale[:, None]         # (B, 2) metres
+        # after the shift, as the official code
+        scale = scale * (least + (most - least) * jitter[:, 2])       # (B,)
         return torch.cat([scale[:, None], shift - (low + high) / 2], 1)
 
     def _draw(self, vertices: Tensor, cam: Tensor, rng: torch.Generator) -> Tensor:

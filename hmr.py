@@ -290,7 +290,10 @@ class HMR(nn.Module):
     def decode(self, theta: Tensor, vertices: bool = False) -> HMROutput:
         """Theta (B, 85) -> HMROutput: rotation matrices, the body, its projection."""
         cam, pose, betas = split_theta(theta)
-        rotmats = pose_to_rotmats(pose)                               # (B, 24, 3, 3)
+        return self.body(cam, pose_to_rotmats(pose), betas, vertices)
+
+    def body(self, cam: Tensor, rotmats: Tensor, betas: Tensor, vertices: bool = True) -> HMROutput:
+        """cam (B, 3), rotmats (B, 24, 3, 3), betas (B, 10) -> HMROutput."""
         body = self.smpl(betas, rotmats, vertices=vertices)
         keypoints2d = project(body.keypoints, cam)                    # (B, 19, 2)
         return HMROutput(rotmats, betas, cam, body.joints, body.keypoints, keypoints2d,

@@ -849,15 +849,18 @@ def test_half_of_all_poses_are_mirrored(body):
     close(mirrored.float().mean(), 0.5, 0.064, "half, within four standard deviations")
 
 
-def test_cameras_are_the_official_crop_and_its_jitter(body):
-    world = data.SyntheticPeople(body, data.load_mocap(True, False), 512, 2, labels="all")
+@pytest.mark.parametrize("crop, px, move, least, most", [("official", 150, 20, 0.8, 1.23),
+                                                         ("tight", 212, 4, 0.95, 1.05)])
+def test_cameras_are_the_crop_and_its_jitter(body, crop, px, move, least, most):
+    world = data.SyntheticPeople(body, data.load_mocap(True, False), 512, 2, labels="all",
+                                 crop=crop)
     batch = world.batch(0)
     low, high = (f(batch.keypoints3d[..., :2], 1) for f in (torch.amin, torch.amax))    # (B, 2)
     diagonal, middle = (high - low).norm(dim=1), (low + high) / 2
-    zoom = batch.cam[:, 0] * diagonal * 112 / 150                     # the crop is 224 pixels
-    assert 0.8 <= zoom.min() < 0.81 and 1.22 < zoom.max() < 1.2301, "diagonal 150 px x 0.8 to 1.23"
-    shift = (batch.cam[:, 1:] + middle) * (150 / diagonal)[:, None]
-    assert 19.5 < shift.max() < 20.001 and -20.001 < shift.min() < -19.5, "20 px, before the zoom"
+    zoom = batch.cam[:, 0] * diagonal * 112 / px                      # the crop is 224 pixels
+    close([zoom.min(), zoom.max()], [least, most], 0.01, "the diagonal's zoom, from and to")
+    shift = (batch.cam[:, 1:] + middle) * (px / diagonal)[:, None]
+    close([shift.min(), shift.max()], [-move, move], 0.5, "pixels, before the zoom")
 
 
 def test_the_pool_is_fresh_and_drawn_like_the_pictures(body, monkeypatch):
@@ -871,10 +874,23 @@ def test_the_pool_is_fresh_and_drawn_like_the_pictures(body, monkeypatch):
     assert drawn == [8, 8, 4], "pool and pictures draw alike, else D rejects true labels"
 
 
+def test_a_validation_clip_is_neither_trained_on_nor_are_the_held_out_ones_opened():
+    for upright in (True, False):
+        everything, held_out = data.load_clips(upright, False), data.load_clips(upright, True)
+        assert set(held_out) <= set(data.HELD_OUT) and "jump" in everything
+        assert set(data.load_clips(upright, False, "jump")) == set(everything) - {"jump"}
+        assert set(data.load_clips(upright, True, "jump")) == {"jump"}
+    up = batch_rodrigues(data.load_clips(True, False)["spin"][:, 0])[:, 1, 1]     # (67,)
+    assert len(up) == 67 and up.min() > 0.7, "--upright leaves out spin's flight, 40 frames"
+    for name in ("kick", "nobody"):
+        with pytest.raises(ValueError, match=f"--validate {name}: expected one of walk, run"):
+            data.load_clips(True, False, name)
+
+
 def test_training_never_sees_the_held_out_clips(monkeypatch, body):
     asked, load = [], data.load_mocap
-    monkeypatch.setattr(train, "load_mocap", lambda upright, held_out:
-                        asked.append(held_out) or load(upright, held_out))
+    monkeypatch.setattr(train, "load_mocap", lambda upright, held_out, clip:
+                        asked.append(held_out) or load(upright, held_out, clip))
     config = tiny(Path("x"))
     train.training_world(config, body)
     next(train.evaluation_pictures(config, body))
@@ -1019,7 +1035,7 @@ def test_errors_are_centred_at_the_hips_and_the_thresholds_are_3dhps(body):
 
 def test_the_measures_are_the_official_codes(golden):
     """MPJPE and PA-MPJPE of each of 40 bodies as hmr has them, PCK and AUC as MPI-INF-3DHP."""
-    pred, true = (hmr.HMROutput(*[None] * 4, golden[f"eval_{which}"], torch.zeros(40, 19, 2),
+    pred, true = (hmr.HMROutput(torch.zeros(40, 24, 3, 3), *[None] * 3, golden[f"eval_{which}"], torch.zeros(40, 19, 2),
                                 torch.zeros(40, 1, 3).double()) for which in ("pred", "true"))
     errors = train.pose_errors(pred, true)
     # float64's rounding of errors up to 1,218 mm; an SVD's is some times that
@@ -1044,11 +1060,14 @@ def test_evaluation_is_in_eval_mode_and_float32_and_training_goes_on_as_before(b
     train.overlays(model, next(train.evaluation_pictures(config, body)))
     assert model.training, "after a picture, training must go on in train mode"
     decoded.clear()
-    train.evaluate(model, config)
+    metrics = train.evaluate(model, config)
     assert modes == [False, True, False, False], "model.eval(), and measures without bf16"
     assert model.amp == torch.bfloat16, "training's precision must come back"
     close(decoded[1][:, :3], guess.expand(4, 3), 0, "the baseline stands where people stand on "
           "average: Theta-bar's own camera would flatter the network")
+    guessed, bar = metrics["mean_pose"], metrics["baseline"]
+    close(guessed["pa_mpjpe"], bar["pa_mpjpe"], 1e-3, "mean_pose differs by its heading alone")
+    assert guessed["mpjpe"] < bar["mpjpe"] and guessed["turned"] == 0 and bar["turned"] > 0
 
 
 # ============================================================================================

@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from data import Batch, SyntheticPeople, load_mocap, look_at, mirror_pose, save_png
+from data import CROPS, Batch, SyntheticPeople, load_clips, load_mocap, look_at, mirror_pose, save_png
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
                  encoder_adversarial_loss, joints3d_loss, keypoint_loss, pose_to_rotmats, smpl_loss,
                  split_theta)
@@ -64,8 +64,10 @@ class Config:
     # the world
     smpl: str = option("", "body FILE, .npz or official .pkl (default: the open body)")
     size: int = option(224, "side of the crop, pixels (Sec. 3.4: 224)", least=32)
+    crop: str = option("official", "size of the person in it; tight: larger", tuple(CROPS))
     look: str = option("hard", "how people and backgrounds look (ours)", ("plain", "hard"))
     upright: bool = option(False, "only the clips in which people are mostly upright (ours)")
+    validate: str = option("", "a training CLIP to leave out and measure, to choose settings by")
     paired: bool = option(True, "half of each batch has 3D labels (Sec. 3.4); no: Fig. 4")
     # the losses; they only mean something with hmr.py's denominators
     adv: bool = option(True, "D and L_adv (Sec. 3.3); without them and 3D: monsters (Fig. 5)")
@@ -98,7 +100,7 @@ class Config:
 # dropout (nothing is seen twice); joints and rotations weigh more against the adversary, and it
 # less against the 2D; 6D rotations have no seam that a body turning round must jump over (these
 # three, and 48 px without a GPU, were ahead in trials of equal length).
-SMALL = dict(depth=18, width=32, size=64, look="plain", upright=True, dropout=0.0,
+SMALL = dict(depth=18, width=32, size=64, crop="tight", look="plain", upright=True, dropout=0.0,
              pretrained="none", rotation="6d", weight_joints=300.0, weight_smpl=120.0,
              weight_adv=0.25, lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", batch=256,
              steps=8_000)
@@ -176,9 +178,9 @@ def lr_factor(step: int, config: Config) -> float:
 def training_world(config: Config, smpl: SMPL) -> SyntheticPeople:
     """The training clips' people; under torchrun each rank draws its share, other pictures."""
     rank, ranks = rank_and_ranks()
-    return SyntheticPeople(smpl, load_mocap(config.upright, held_out=False), config.batch // ranks,
-                           config.size, config.look, config.seed, rank,
-                           labels="half" if config.paired else "2d")
+    frames = load_mocap(config.upright, False, config.validate)       # (M, 24, 3)
+    return SyntheticPeople(smpl, frames, config.batch // ranks, config.size, config.look,
+                           config.seed, rank, "half" if config.paired else "2d", crop=config.crop)
 
 
 def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = None) -> dict:
@@ -264,7 +266,8 @@ def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
 def pose_errors(pred: HMROutput, true: HMROutput) -> dict[str, Tensor]:
     """Per-picture errors of one decoded prediction against the truth (HMROutputs with vertices).
 
-    mpjpe (B, 14), pa_mpjpe (B, 14), pve (B, V) in mm; px (B, 19) in pixels of a 224 crop.
+    mpjpe (B, 14), pa_mpjpe (B, 14), pve (B, V) in mm; px (B, 19) in pixels of a 224 crop; turned
+    (B,): 100 where the heading, the root's rotation, is over 90 degrees off.
     MPJPE (official code) and PVE after moving both bodies' hip midpoints to the origin.
     """
     # keypoints and skin in one go: the hips that center it come first
@@ -275,7 +278,9 @@ def pose_errors(pred: HMROutput, true: HMROutput) -> dict[str, Tensor]:
     return {"mpjpe": 1000 * (p - t).norm(dim=-1),
             "pa_mpjpe": 1000 * (compute_similarity_transform(p, t) - t).norm(dim=-1),
             "pve": 1000 * vertex.norm(dim=-1),
-            "px": 112 * (pred.keypoints2d - true.keypoints2d).norm(dim=-1)}
+            "px": 112 * (pred.keypoints2d - true.keypoints2d).norm(dim=-1),
+            # the trace of A^T B, 1 + 2 cos(angle), is the sum of the elements' products
+            "turned": 100.0 * ((pred.rotmats[:, 0] * true.rotmats[:, 0]).sum((1, 2)) < 1)}
 
 
 def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -295,7 +300,7 @@ def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
 
 def recorded_rotations(config: Config, device) -> Tensor:
     """The training clips' frames and their mirror images -> (2M, 23, 9), without root."""
-    pose = load_mocap(config.upright, held_out=False)                 # (M, 24, 3)
+    pose = load_mocap(config.upright, False, config.validate)         # (M, 24, 3)
     pose = torch.cat([pose, mirror_pose(pose)])[:, 1:].to(device)     # (2M, 23, 3)
     return batch_rodrigues(pose).flatten(2)                           # (2M, 23, 9)
 
@@ -316,11 +321,13 @@ def monstrosity(body: HMROutput, recorded: Tensor) -> dict[str, Tensor]:
             "beta3": 100.0 * (body.betas.abs() > 3)}
 
 
-def evaluation_pictures(config: Config, smpl: SMPL) -> Iterator[Batch]:
-    """Yield the test set in batches of 64, on the device of `smpl`: unmixed frames of the held-out
-    clips, drawn on the CPU, so that they show the same people on every machine."""
-    world = SyntheticPeople(copy.deepcopy(smpl).cpu(), load_mocap(config.upright, held_out=True),
-                            64, config.size, config.look, EVALUATION_SEED, labels="all", mix=False)
+def evaluation_pictures(config: Config, smpl: SMPL, frames: Tensor | None = None
+                        ) -> Iterator[Batch]:
+    """Yield the test set in batches of 64, on the device of `smpl`: unmixed frames, (M, 24, 3) or
+    the held-out clips', drawn on the CPU, so that they show the same people on every machine."""
+    frames = load_mocap(config.upright, True, config.validate) if frames is None else frames
+    world = SyntheticPeople(copy.deepcopy(smpl).cpu(), frames, 64, config.size, config.look,
+                            EVALUATION_SEED, labels="all", mix=False, crop=config.crop)
     for first in range(0, config.eval_pictures, 64):
         batch = world.batch(first // 64)
         yield Batch(*(part[:config.eval_pictures - first].to(smpl.v_template.device)
@@ -329,32 +336,37 @@ def evaluation_pictures(config: Config, smpl: SMPL) -> Iterator[Batch]:
 
 def mean_camera(config: Config, smpl: SMPL) -> Tensor:
     """What a network that never looks would guess: the training world's mean camera (1, 3)."""
-    world = SyntheticPeople(copy.deepcopy(smpl).cpu(), load_mocap(config.upright, held_out=False),
-                            512, size=2, seed=EVALUATION_SEED)        # only cameras are wanted
+    frames = load_mocap(config.upright, False, config.validate)       # (M, 24, 3)
+    world = SyntheticPeople(copy.deepcopy(smpl).cpu(), frames, 512, 2, seed=EVALUATION_SEED,
+                            crop=config.crop)     # 2 pixels: only cameras are wanted
     cam = torch.cat([world.batch(step).cam for step in range(4)])     # (2048, 3)
     return cam.mean(0, keepdim=True).to(smpl.v_template.device)
 
 
 @torch.no_grad()
-def evaluate(model: HMR, config: Config, D: nn.Module | None = None) -> dict:
-    """All measures on the held-out clips: of each IEF iteration, the baseline and the truth.
+def evaluate(model: HMR, config: Config, D: nn.Module | None = None,
+             frames: Tensor | None = None) -> dict:
+    """All measures on the held-out clips, or on frames (M, 24, 3): of each IEF iteration, the truth
+    and two lazy guesses.
 
-    In float32, whatever training's precision.  The baseline is Theta-bar under the world's mean
-    camera: the mean pose, facing us (people face anywhere).  heads: D on Theta_T and on motion.
+    In float32, whatever training's precision.  The guesses, both under the world's mean camera:
+    baseline, Theta-bar, faces us (people face anywhere); mean_pose is turned the TRUE way, so that
+    only the pose is guessed.  heads: D on Theta_T and on motion.
     """
     model.eval()                  # batch norm uses its running statistics, dropout is off
     amp, model.amp = model.amp, None
     baseline = model.regressor.theta_bar.clone()                      # (1, 85)
     baseline[:, CAM] = mean_camera(config, model.smpl)
     recorded = recorded_rotations(config, baseline.device)            # (2M, 23, 9)
-    errors, scores = [[] for _ in range(config.iterations + 2)], []   # + truth and Theta-bar
-    for batch in evaluation_pictures(config, model.smpl):
-        body = model.smpl(batch.betas, batch.rotmats)
-        true = HMROutput(batch.rotmats, batch.betas, batch.cam, body.joints, body.keypoints,
-                         batch.keypoints2d, body.vertices)
+    errors, scores = [[] for _ in range(config.iterations + 3)], []   # + truth and two guesses
+    for batch in evaluation_pictures(config, model.smpl, frames):
+        true = model.body(batch.cam, batch.rotmats, batch.betas)
         thetas, _ = model(batch.image)                                # T x (B, 85)
         bodies = [model.decode(theta, vertices=True)
                   for theta in (baseline.expand(len(batch.image), -1), *thetas)]
+        bar, heading = bodies[0], batch.rotmats[:, :1]                # (B, 1, 3, 3)
+        turned = torch.cat([heading, bar.rotmats[:, 1:]], 1)          # (B, 24, 3, 3)
+        bodies.insert(1, model.body(bar.cam, turned, bar.betas))
         if not all(body.vertices.abs().max() < 1e6 for body in bodies):           # NaN, too
             raise ValueError("the network's bodies are not finite, or a thousand kilometres large: "
                              "it cannot be measured; train again at a lower rate")
@@ -363,9 +375,10 @@ def evaluate(model: HMR, config: Config, D: nn.Module | None = None) -> dict:
         if D is not None:
             scores.append(D(bodies[-1].rotmats[:, 1:], bodies[-1].betas))         # (B, 25)
     model.amp = amp
-    of_truth, of_baseline, *per_iteration = [summarize(e) for e in errors]
-    result = per_iteration[-1] | dict(per_iteration=per_iteration, baseline=of_baseline,
-                                      truth=of_truth)
+    of_truth, of_baseline, of_mean_pose, *per_iteration = [summarize(e) for e in errors]
+    result = per_iteration[-1] | dict(
+        per_iteration=per_iteration, truth=of_truth, baseline=of_baseline, mean_pose=of_mean_pose,
+        measured_on=config.validate or "held-out clips")
     if D is not None:       # the 25 one by one: which are winning?
         # step `steps` is one that training never reached: motion that D has not seen
         motion = training_world(config, model.smpl).motion(2048, config.steps)
@@ -466,6 +479,8 @@ def not_finite(tree, name: str = "") -> str | None:
 def load_checkpoint(path: Path, smpl: str | None = None) -> dict:
     checkpoint, default = load_file(path), dataclasses.asdict(Config())
     stored = checkpoint.get("config")
+    if isinstance(stored, dict):                # of a version before these options
+        stored = checkpoint["config"] = {"crop": "official", "validate": ""} | stored
     if not ({"model", "discriminator", "opt_E", "opt_D", "step", "seconds", "body", "rng"}
             <= checkpoint.keys() and isinstance(stored, dict) and stored.keys() == default.keys()
             and all(isinstance(stored[k], (type(v), int)) for k, v in default.items())):
@@ -609,21 +624,35 @@ def finish(model: HMR, D: nn.Module, shown: Batch, log: Log) -> dict:
 
 PRECISION = {"off": "float32", "bf16": "bf16 encoder"}              # of training
 MEASURES = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
-           ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"), ("outside", "outside %"),
-           ("mocap", "mocap deg"), ("beta3", "beta>3 %"))
+           ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"), ("turned", "turned %"),
+           ("outside", "outside %"), ("mocap", "mocap deg"), ("beta3", "beta>3 %"))
+GUESSES = {"baseline": "Theta-bar", "mean_pose": "mean pose, true heading"}       # the lazy ones
 
 
 def print_table(metrics: dict) -> None:
-    say(f"held-out clips, measured in float32; trained in {metrics['precision']}")
-    say(" " * 14 + "".join(f"{title:>12s}" for _, title in MEASURES))
-    rows = {f"iteration {t}": row for t, row in enumerate(metrics["per_iteration"], 1)}
-    for name, row in {"Theta-bar": metrics["baseline"], **rows, "truth": metrics["truth"]}.items():
-        say(f"{name:14s}" + "".join(f"{row[key]:12.1f}" for key, _ in MEASURES))
-    share = [100 * metrics[key] / metrics["baseline"][key] for key, _ in MEASURES[:4]]     # errors
-    say(f"{'% of Theta-bar':14s}" + "".join(f"{s:12.0f}" for s in share))
+    say(f"{metrics['measured_on']}, measured in float32; trained in {metrics['precision']}")
+    say(" " * 24 + "".join(f"{title:>12s}" for _, title in MEASURES))
+    rows = {title: metrics[key] for key, title in GUESSES.items()}
+    rows |= {f"iteration {t}": row for t, row in enumerate(metrics["per_iteration"], 1)}
+    for name, row in {**rows, "truth": metrics["truth"]}.items():
+        say(f"{name:24s}" + "".join(f"{row[key]:12.1f}" for key, _ in MEASURES))
+    share = [100 * metrics[key] / metrics["mean_pose"][key] for key, _ in MEASURES[:4]]    # errors
+    say(f"{'% of that mean pose':24s}" + "".join(f"{s:12.0f}" for s in share))
     for side, heads in metrics.get("heads", {}).items():
         say(f"D's {len(heads)} outputs on {side}: min {min(heads):.2f}, median "
             f"{sorted(heads)[len(heads) // 2]:.2f}, max {max(heads):.2f}")
+
+
+def print_clips(model: HMR, config: Config) -> None:
+    """PA-MPJPE of every clip beside the mean pose's: what of what is learnt reaches other clips?"""
+    config = dataclasses.replace(config, eval_pictures=min(config.eval_pictures, 128))
+    say(f"PA-MPJPE mm, clip by clip, {config.eval_pictures} unmixed pictures of each: "
+        f"the network's, the mean pose's")
+    for kind, held_out in (("trained on", False), (config.validate or "held out", True)):
+        for name, frames in load_clips(config.upright, held_out, config.validate).items():
+            metrics = evaluate(model, config, frames=frames)
+            say(f"{kind:12s}{name:12s}{metrics['pa_mpjpe']:8.1f}"
+                f"{metrics['mean_pose']['pa_mpjpe']:8.1f}")
 
 
 def device_name(device: str) -> str:
@@ -737,6 +766,7 @@ def run(argv: list[str] | None) -> None:
         config = settle(dataclasses.replace(config, **given))
         metrics = evaluate(model, config, D if config.adv else None)
         print_table(metrics | {"precision": PRECISION[config.amp]})
+        print_clips(model, config)
     elif args.resume:
         resume(given)
     else:

@@ -31,7 +31,7 @@ import train
 from data import draw_mesh, draw_points, save_png, side_view
 from hmr import LSP
 from smpl import SMPL, exit_status, say, write_atomically
-from train import MEASURES, Config, evaluation_pictures, flag, load_checkpoint, make_config
+from train import GUESSES, MEASURES, Config, evaluation_pictures, flag, load_checkpoint, make_config
 
 # --------------------------------------------------------------------------------------------
 # The variants: what each changes of train.py's defaults and --small's.
@@ -165,8 +165,8 @@ def load_metrics(config: Config) -> dict:
     except ValueError:
         metrics = {}
     if not (isinstance(metrics, dict) and
-            {"config", "truth", "baseline", "per_iteration", "seconds", "device",
-             "torch", "precision"} <= set(metrics)):
+            {"config", "truth", *GUESSES, "per_iteration", "seconds", "device", "torch",
+             "precision", "measured_on"} <= set(metrics)):
         raise ValueError(f"{path}: not the numbers of a finished run; delete it, and the run's "
                          f"checkpoint will be measured again")
     return metrics
@@ -200,7 +200,8 @@ def heading(what: str, configs: dict) -> str:
     c, seeds = next(iter(configs.values())), sorted({seed for _, seed in configs})
     where = sorted({f"trained in {m['precision']}, {m['device']}, torch {m['torch']}"
                     for m in map(load_metrics, configs.values())})
-    return (f"{what}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, networks of width "
+    measured = load_metrics(c)["measured_on"]
+    return (f"{what}, measured on {measured}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, networks of width "
             f"{c.width}, seeds {', '.join(map(str, seeds))}; mean ± standard deviation "
             f"where a row has several. {'; '.join(where)}.\n\n")
 
@@ -219,7 +220,8 @@ def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
     for (name, seed), config in configs.items():
         metrics = load_metrics(config)
         heads = metrics.get("heads", {"real": [math.nan], "fake": [math.nan]})
-        bodies = {"truth": metrics["truth"], "Theta-bar": metrics["baseline"],
+        bodies = {"truth": metrics["truth"],
+                  **{title: metrics[key] for key, title in GUESSES.items()},
                   **{f"iteration {t}": m for t, m in enumerate(metrics["per_iteration"], 1)}}
         for body, measured in bodies.items():
             values = [*(measured[key] for key in keys), *map(statistics.mean, heads.values())]
@@ -234,14 +236,14 @@ def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
         return [title, *cells, *heads][:columns]
     T = {name: config.iterations for (name, _), config in configs.items()}
     one = next(iter(T))
-    common = [line(body, (one, body), len(keys) + 1) + ["", ""] for body in ("Theta-bar", "truth")]
+    *common, truth = [line(body, (one, body), len(keys) + 1) + ["", ""]
+                      for body in (*GUESSES.values(), "truth")]
     text = heading("Ablation", configs) + markdown(
         ["", *titles, "D on real", "D on fake"],
-        [common[0], *(line(name, (name, f"iteration {t}"), 99) for name, t in T.items()),
-         common[1]])
+        [*common, *(line(name, (name, f"iteration {t}"), 99) for name, t in T.items()), truth])
     if "paired+adv" in T:
         steps = [line(body, ("paired+adv", body), len(keys) + 1)
-                 for body in ("Theta-bar", *(f"iteration {t + 1}" for t in range(T["paired+adv"])))]
+                 for body in (*GUESSES.values(), *(f"iteration {t + 1}" for t in range(T["paired+adv"])))]
         alone = [line("T = 1, trained alone", ("T=1", "iteration 1"), len(keys) + 1)] \
             if "T=1" in T else []
         text += "\n" + markdown(["paired+adv", *titles], [*steps, *alone])
