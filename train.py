@@ -83,7 +83,7 @@ class Config:
     lr_scratch: float = option(1e-4, "of the same without pretrained weights (ours)", least=0)
     lr_d: float = option(1e-4, "of the discriminators, Adam (Sec. 3.4: ten times E's)", least=0)
     schedule: str = option("constant", "onecycle: rise, anneal (ours)", ("constant", "onecycle"))
-    amp: str = option("auto", "of the encoder; auto: bf16 if native", ("auto", "bf16", "off"))
+    amp: str = option("auto", "of encoder and D; auto: bf16 if native", ("auto", "bf16", "off"))
     overfit: bool = option(False, "train on ONE batch: L_kp, L_joints, L_smpl must fall far")
     # the run
     seed: int = option(0, "of initialisation and training; not of the evaluation", least=0)
@@ -137,11 +137,15 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
     _, pose, betas = split_theta(torch.cat(thetas))         # (N, 72 or 144), (N, 10); N = B * T
     rotmats = pose_to_rotmats(pose)[:, 1:]                            # (N, 23, 3, 3) without root
     D_real = D_fake = loss_D = L_adv = betas.new_zeros(())            # they stay 0 without adv
+    # D's products are a third of a step: in the encoder's precision, its outputs in float32
+    low = (torch.autocast(betas.device.type, torch.bfloat16) if config.amp == "bf16" else
+           contextlib.nullcontext())
 
     # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]            Eq. (8) --
     if config.adv:
-        real = D(*motion)                                             # (N, 25)
-        fake = D(rotmats.detach(), betas.detach())                    # (N, 25) nothing reaches E
+        with low:
+            real = D(*motion)                                         # (N, 25)
+            fake = D(rotmats.detach(), betas.detach())                # (N, 25) nothing reaches E
         loss_D, D_real, D_fake = discriminator_loss(real, fake), real.mean(), fake.mean()
         opt_D.zero_grad()
         loss_D.backward()
@@ -155,8 +159,10 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
     L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas, batch.has_smpl)
     if config.adv:                    # D judges, having learnt first (official code: both at once)
         D.requires_grad_(False)       # L_adv moves E only: spare D's gradients
-        L_adv = encoder_adversarial_loss(D(rotmats, betas))
+        with low:
+            verdict = D(rotmats, betas)                               # (N, 25)
         D.requires_grad_(True)
+        L_adv = encoder_adversarial_loss(verdict)
     L_3d = config.weight_joints * L_joints + config.weight_smpl * L_smpl          # Eq. (4)
     loss_E = config.weight_kp * L_kp + L_3d + config.weight_adv * L_adv           # Eq. (1)
     opt_E.zero_grad()
@@ -622,7 +628,7 @@ def finish(model: HMR, D: nn.Module, shown: Batch, log: Log) -> dict:
     return metrics
 
 
-PRECISION = {"off": "float32", "bf16": "bf16 encoder"}              # of training
+PRECISION = {"off": "float32", "bf16": "bf16 (encoder, D)"}              # of training
 MEASURES = (("mpjpe", "MPJPE mm"), ("pa_mpjpe", "PA-MPJPE mm"), ("pve", "PVE mm"),
            ("px", "2D px/224"), ("pck", "PCK@150 %"), ("auc", "AUC %"), ("turned", "turned %"),
            ("outside", "outside %"), ("mocap", "mocap deg"), ("beta3", "beta>3 %"))

@@ -408,7 +408,8 @@ def test_the_ablations_spread_is_over_seeds(tmp_path):
         Path(config.out).mkdir()
         (Path(config.out) / "metrics.json").write_text(json.dumps(
             {"truth": body, **dict.fromkeys(train.GUESSES, body), "per_iteration": [body],
-             "measured_on": "held-out clips", "seconds": 1.0, "config": {}, "device": "none", "torch": "0", "precision": "float32",
+             "measured_on": "held-out clips", "seconds": 1.0, "config": {}, "device": "none",
+             "torch": "0", "precision": "float32",
              "heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}))
     ablate.ablation_tables(tmp_path, configs)
     text = (tmp_path / "ablation.md").read_text(encoding="utf-8")
@@ -1164,7 +1165,8 @@ def test_only_the_renderer_waits_for_the_gpu(look, body, monkeypatch):
     """On "meta": a step asks for all its work at once, and a GPU is never left idle by the host."""
     # "meta" has no random generators
     monkeypatch.setattr(data.SyntheticPeople, "generator", lambda *_, **__: None)
-    config = train.make_config({"size": 32, "batch": 4, "width": 8, "look": look}, train.SMALL)
+    config = train.make_config({"size": 32, "batch": 4, "width": 8, "look": look, "amp": "off"},
+                               train.SMALL)
     model = HMR(SMPL(), 18, 3, 8, rotation="6d").to("meta")
     D = Discriminator().to("meta")
     world = data.SyntheticPeople(model.smpl, data.load_mocap(True, False), 4, 32, look)
@@ -1368,7 +1370,8 @@ def test_metrics_json_is_strict_json_or_is_not_written(tmp_path, monkeypatch):
 
 def test_missing_imagenet_weights_end_in_what_went_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    config, file = train.Config(depth=18), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    config = train.Config(depth=18)
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
 
     def says(words):
         with pytest.raises(ValueError, match=words) as error:
