@@ -40,7 +40,7 @@ MOCAP = Path(__file__).resolve().parent / "assets" / "mocap.npz"
 # --small's; upright but for held-out kick's 15 leaning frames, once spin's flight is left out
 UPRIGHT = ("walk", "run", "dance_a", "punch", "spin", "spinkick", "jump", "dance_b", "kick")
 HELD_OUT = ("dance_b", "kick", "roll")                                # never trained on
-LEVEL = slice(29, 69)                                  # spin: over 45 degrees from upright, in the air
+LEVEL = slice(29, 69)                            # spin, in the air: over 45 degrees from upright
 # Joints that are swapped between frames as one piece: arms (collar to hand), legs, spine, head.
 LIMBS = ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11), (3, 6, 9),
          (12, 15))
@@ -126,8 +126,8 @@ def face_parts(smpl: SMPL) -> Tensor:
     return torch.where(hair, HAIR, part)
 
 
-# How large a person stands in the crop: diagonal of the keypoints' box and jitter of its centre, in
-# pixels of 224, then least and greatest zoom.  The official 150 leave margins that 48 px cannot afford.
+# How large a person stands in the crop: diagonal of the keypoints' box and jitter of its centre in
+# pixels of 224, then least and greatest zoom.  Official margins are more than 48 px can afford.
 CROPS = {"official": (150, 20, 0.8, 1.23), "tight": (212, 4, 0.95, 1.05)}         # tight: ours
 
 

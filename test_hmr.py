@@ -1035,8 +1035,9 @@ def test_errors_are_centred_at_the_hips_and_the_thresholds_are_3dhps(body):
 
 def test_the_measures_are_the_official_codes(golden):
     """MPJPE and PA-MPJPE of each of 40 bodies as hmr has them, PCK and AUC as MPI-INF-3DHP."""
-    pred, true = (hmr.HMROutput(torch.zeros(40, 24, 3, 3), *[None] * 3, golden[f"eval_{which}"], torch.zeros(40, 19, 2),
-                                torch.zeros(40, 1, 3).double()) for which in ("pred", "true"))
+    pred, true = (hmr.HMROutput(torch.zeros(40, 24, 3, 3), *[None] * 3, golden[f"eval_{which}"],
+                                torch.zeros(40, 19, 2), torch.zeros(40, 1, 3).double())
+                  for which in ("pred", "true"))
     errors = train.pose_errors(pred, true)
     # float64's rounding of errors up to 1,218 mm; an SVD's is some times that
     for name, key in (("mpjpe", "mpjpe"), ("pa_mpjpe", "pa")):

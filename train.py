@@ -34,7 +34,8 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from data import CROPS, Batch, SyntheticPeople, load_clips, load_mocap, look_at, mirror_pose, save_png
+from data import (CROPS, Batch, SyntheticPeople, load_clips, load_mocap, look_at, mirror_pose,
+                  save_png)
 from hmr import (CAM, HMR, LSP, Discriminator, HMROutput, center_hips, discriminator_loss,
                  encoder_adversarial_loss, joints3d_loss, keypoint_loss, pose_to_rotmats, smpl_loss,
                  split_theta)

@@ -200,10 +200,9 @@ def heading(what: str, configs: dict) -> str:
     c, seeds = next(iter(configs.values())), sorted({seed for _, seed in configs})
     where = sorted({f"trained in {m['precision']}, {m['device']}, torch {m['torch']}"
                     for m in map(load_metrics, configs.values())})
-    measured = load_metrics(c)["measured_on"]
-    return (f"{what}, measured on {measured}: {c.steps:,} steps of {c.batch} pictures of {c.size} px, networks of width "
-            f"{c.width}, seeds {', '.join(map(str, seeds))}; mean ± standard deviation "
-            f"where a row has several. {'; '.join(where)}.\n\n")
+    return (f"{what}, measured on {load_metrics(c)['measured_on']}: {c.steps:,} steps of {c.batch} "
+            f"pictures of {c.size} px, {c.crop} crop, networks of width {c.width}, seeds "
+            f"{', '.join(map(str, seeds))}; mean ± standard deviation where a row has several. {'; '.join(where)}.\n\n")
 
 
 def write_csv(path: Path, rows: list[list]) -> None:
@@ -243,7 +242,8 @@ def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
         [*common, *(line(name, (name, f"iteration {t}"), 99) for name, t in T.items()), truth])
     if "paired+adv" in T:
         steps = [line(body, ("paired+adv", body), len(keys) + 1)
-                 for body in (*GUESSES.values(), *(f"iteration {t + 1}" for t in range(T["paired+adv"])))]
+                 for body in (*GUESSES.values(),
+                              *(f"iteration {t + 1}" for t in range(T["paired+adv"])))]
         alone = [line("T = 1, trained alone", ("T=1", "iteration 1"), len(keys) + 1)] \
             if "T=1" in T else []
         text += "\n" + markdown(["paired+adv", *titles], [*steps, *alone])

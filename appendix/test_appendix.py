@@ -1522,7 +1522,7 @@ def test_readmes_commands_run(tmp_path, monkeypatch):
         assert train.main([*arguments, *short]) == 0, command
     metrics = json.loads((tmp_path / "runs/small/metrics.json").read_text(encoding="utf-8"))
     keys = {key for key, _ in train.MEASURES}
-    assert keys | {"per_iteration", *train.GUESSES, "truth", "measured_on", "heads", "seconds", "images", "device",
-                   "precision", "torch", "seed", "config"} == set(metrics)
+    assert keys | {"per_iteration", *train.GUESSES, "truth", "measured_on", "heads", "seconds",
+                   "images", "device", "precision", "torch", "seed", "config"} == set(metrics)
     assert set(metrics["baseline"]) == keys and len(metrics["per_iteration"]) == 3
     assert (tmp_path / "runs/small/picture.png").is_file()
