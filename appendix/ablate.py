@@ -202,7 +202,7 @@ def heading(what: str, configs: dict) -> str:
                     for m in map(load_metrics, configs.values())})
     return (f"{what}, measured on {load_metrics(c)['measured_on']}: {c.steps:,} steps of {c.batch} "
             f"pictures of {c.size} px, {c.crop} crop, networks of width {c.width}, seeds "
-            f"{', '.join(map(str, seeds))}; mean ± standard deviation where a row has several. "
+            f"{', '.join(map(str, seeds))}; mean ± standard deviation where a row has several."
             f" {'; '.join(where)}.\n\n")
 
 
