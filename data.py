@@ -180,7 +180,7 @@ class SyntheticPeople:
         """Draw n poses (n, 24, 3) from the recorded frames, recorded root included.
 
         A frame, mirrored half the time; with `mix`, each limb comes from another frame with
-        probability 0.3 and every joint gets a little noise.  The pictures AND the discriminators'
+        probability 0.6 and every joint gets a little noise.  The pictures AND the discriminators'
         real samples come from this one function: were the two distributions different, D would
         learn to reject the very labels that L_smpl pulls the encoder to.
         """
@@ -194,7 +194,7 @@ class SyntheticPeople:
         if not self.mix:
             return pose
         for limb in self.limbs:                                       # (24, 1)
-            other = torch.rand(n, 1, 1, generator=rng, device=self.device) < 0.3
+            other = torch.rand(n, 1, 1, generator=rng, device=self.device) < 0.6
             pose = torch.where(other & limb, frame(), pose)           # (n, 24, 3)
         noise = torch.randn(n, 24, 3, generator=rng, device=self.device)
         return pose + 0.05 * noise                                    # radians: about 3 degrees

@@ -40,7 +40,7 @@ from smpl import SMPL, batch_rodrigues, exit_status, rot6d_to_rotmat, without_au
 # The paper and official code use ResNet-50 v2 (pre-activation).  The slides, SPIN and most later
 # work use the post-activation network below, with torchvision's parameter names so that its
 # ImageNet weights load.  BatchNorm keeps torch's momentum of 0.1 for its running statistics;
-# the official code's decay of 0.997 would be 0.003, too slow for --small's 2,000 steps.
+# the official code's decay of 0.997 would be 0.003, too slow for --small's 4,000 steps.
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -96,7 +96,7 @@ class Config:
     eval_pictures: int = option(512, "pictures of held-out motion at the end", least=1)
 
 
-# --small: printed as a diff from the above.  2 million small pictures (128,000 without a GPU)
+# --small: printed as a diff from the above.  2 million small pictures (256,000 without a GPU)
 # instead of 43 million: learning rates a hundred times the paper's, annealed (still 1:10); no
 # dropout (nothing is seen twice); joints and rotations weigh more against the adversary, and it
 # less against the 2D; 6D rotations have no seam that a body turning round must jump over (these
@@ -105,7 +105,7 @@ SMALL = dict(depth=18, width=32, size=64, crop="tight", look="plain", upright=Tr
              pretrained="none", rotation="6d", weight_joints=300.0, weight_smpl=120.0,
              weight_adv=0.25, lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", batch=256,
              steps=8_000)
-SMALL_CPU = dict(size=48, batch=64, steps=2_000)                      # without a GPU
+SMALL_CPU = dict(size=48, batch=64, steps=4_000)                      # without a GPU
 EVALUATION_SEED = 2018                  # of the test pictures: the same whatever --seed says
 
 
