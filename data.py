@@ -91,9 +91,10 @@ class Batch(NamedTuple):
     keypoints3d: Tensor       # (B, 19, 3) camera frame, metres
     rotmats: Tensor           # (B, 24, 3, 3) root in the camera frame
     betas: Tensor             # (B, 10)
-    has_3d: Tensor            # (B,) 1 = keypoints3d is a label  (the paper's indicator "1")
-    has_smpl: Tensor          # (B,) 1 = rotmats and betas are labels; has_3d's equal in this world,
-    #                           not in real data: H3.6M has both kinds of labels, 3DHP only joints
+    has_3d: Tensor            # (B, 19) 1 = keypoints3d is a label  (the paper's indicator "1"; per
+    #                           keypoint, since H3.6M and 3DHP have no top of the head)
+    has_smpl: Tensor          # (B,) 1 = rotmats and betas are labels; goes with has_3d here, not in
+    #                           real data: H3.6M has both kinds of labels, 3DHP only joints
     cam: Tensor               # (B, 3) the true camera; never a label, for the baseline and tests
 
 
@@ -221,16 +222,17 @@ class SyntheticPeople:
         image = self._draw(body.vertices, cam, rng)                   # (B, 3, H, W)
         # occluded and out-of-crop points stay labelled, as in the official data
         visible = (torch.rand(B, 19, generator=rng, device=self.device) < 0.9).float()
-        has_3d = (torch.arange(B, device=self.device) % 2 == 0).float()
+        has_smpl = (torch.arange(B, device=self.device) % 2 == 0).float()
         if self.labels == "all":
-            visible, has_3d = torch.ones_like(visible), torch.ones_like(has_3d)
+            visible, has_smpl = torch.ones_like(visible), torch.ones_like(has_smpl)
         elif self.labels == "2d":
-            has_3d = torch.zeros_like(has_3d)
+            has_smpl = torch.zeros_like(has_smpl)
+        has_3d = has_smpl[:, None].expand(B, 19)
         return Batch(image=image, visible=visible, cam=cam,
                      keypoints2d=project(body.keypoints, cam) * visible[..., None],
-                     keypoints3d=body.keypoints * has_3d[:, None, None],
-                     rotmats=rotmats * has_3d[:, None, None, None], betas=betas * has_3d[:, None],
-                     has_3d=has_3d, has_smpl=has_3d)
+                     keypoints3d=body.keypoints * has_3d[..., None],
+                     rotmats=rotmats * has_smpl[:, None, None, None],
+                     betas=betas * has_smpl[:, None], has_3d=has_3d, has_smpl=has_smpl)
 
     def _headings(self, B: int, rng: torch.Generator) -> Tensor:
         """World to camera (B, 3, 3): turn to any heading, tilt the camera a bit, y up -> down."""

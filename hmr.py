@@ -333,12 +333,15 @@ def center_hips(keypoints3d: Tensor) -> Tensor:
 
 
 def joints3d_loss(pred: Tensor, target: Tensor, has_3d: Tensor) -> Tensor:
-    """L_joints = ||X_i - Xhat_i||^2: (B, 19 or 14, 3) twice, metres; has_3d (B,) -> ().
+    """L_joints = ||X_i - Xhat_i||^2: (B, 19 or 14, 3) twice, metres; has_3d (B, 19 or 14) -> ().
 
-    The 14 LSP keypoints, each body centred at its own hips; 0.5 * mean over (samples with 3D x 42).
+    The 14 LSP keypoints, each body centred at its own hips; 0.5 * mean over the labelled numbers,
+    42 of a body.  Without both hips there is no centre, so no label.
     """
     error = center_hips(pred[:, :LSP]) - center_hips(target[:, :LSP])             # (B, 14, 3)
-    return 0.5 * masked_mean(error, has_3d[:, None, None], torch.square)     # Eq. (5)
+    has_hips = has_3d[:, RIGHT_HIP:LEFT_HIP + 1].amin(1, keepdim=True)            # (B, 1)
+    has_3d = (has_3d[:, :LSP] * has_hips)[..., None]                  # (B, 14, 1)
+    return 0.5 * masked_mean(error, has_3d, torch.square)             # Eq. (5)
 
 
 def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_betas: Tensor,

@@ -614,7 +614,7 @@ def test_reprojection_loss():
 
 def test_3d_joint_loss():
     pred, target = torch.randn(3, 19, 3).double(), torch.randn(3, 19, 3).double()
-    has = torch.tensor([1.0, 0, 1]).double()
+    has = torch.tensor([1.0, 0, 1]).double()[:, None].expand(3, 19)
     total = 0.0
     for n in (0, 2):
         for k in range(14):
@@ -627,6 +627,15 @@ def test_3d_joint_loss():
     faces = target.clone()
     faces[:, 14:] += 1
     close(hmr.joints3d_loss(faces, target, has), 0.0, 0, "the five face points have no 3D label")
+    head_off = target.clone()
+    head_off[:, 13] = math.nan                                        # H3.6M and 3DHP have none
+    headless = has * (torch.arange(19) != 13)
+    close(hmr.joints3d_loss(head_off, target, headless), 0.0, 0, "the head's top is not labelled")
+    knee = torch.nn.functional.one_hot(torch.tensor(1), 19)[:, None].double()     # (19, 1)
+    close(hmr.joints3d_loss(target + 0.1 * knee, target, headless), 0.5 * 0.1 ** 2 / 13, 1e-12,
+          "the denominator counts the labelled numbers: 13 keypoints, not 14")
+    hipless = has * (torch.arange(19) != 3)
+    close(hmr.joints3d_loss(pred, target, hipless), 0.0, 0, "no hips, no centre, no label")
     assert gradcheck(lambda p: hmr.joints3d_loss(p, target, has), (pred.requires_grad_(),))
 
 
@@ -648,7 +657,8 @@ def test_smpl_parameter_loss():
 
 
 def test_the_losses_are_the_official_codes(golden):
-    g, (has_3d, has_smpl) = golden, (golden["step_has_joints"], golden["step_has_smpl"])
+    g, has_smpl = golden, golden["step_has_smpl"]
+    has_3d = golden["step_has_joints"][:, None].expand(4, 14)
     pred, true = g["loss_params_pred"], g["loss_params_true"]         # (4, 226) each
     rotmats = lambda x: x[:, :216].view(4, 24, 3, 3)
     # float64: only the order of the sums differs
@@ -668,7 +678,7 @@ def test_what_a_mask_hides_may_be_anything(hidden):
     for value in (0.0, hidden):
         p, t = pred.clone().requires_grad_(), target.clone()
         t[1] = value
-        L = hmr.keypoint_loss(p[..., :2], t[..., :2], seen) + hmr.joints3d_loss(p, t, seen[:, 0])
+        L = hmr.keypoint_loss(p[..., :2], t[..., :2], seen) + hmr.joints3d_loss(p, t, seen)
         L = L + hmr.smpl_loss(p[:, :1], p[:, 1, :1], t[:, :1], t[:, 1, :1], seen[:, 0])
         results.append((L, *torch.autograd.grad(L, p)))
     for known, got in zip(*results):
@@ -680,7 +690,7 @@ def test_nothing_labelled_costs_nothing_and_gives_no_nan():
     none = torch.zeros(2)
     R = torch.eye(3).expand(2, 24, 3, 3)
     for loss in (hmr.keypoint_loss(pred[..., :2], torch.zeros(2, 19, 2), torch.zeros(2, 19)),
-                 hmr.joints3d_loss(pred, torch.zeros(2, 19, 3), none),
+                 hmr.joints3d_loss(pred, torch.zeros(2, 19, 3), torch.zeros(2, 19)),
                  hmr.smpl_loss(R * pred.sum(), torch.zeros(2, 10), R, torch.ones(2, 10), none)):
         (gradient,) = torch.autograd.grad(loss, pred)
         assert loss.item() == 0 and (gradient == 0).all(), "0/0: the mean of nothing must be 0"
@@ -941,10 +951,11 @@ def test_a_batch_is_labelled_as_the_paper_says(body):
     assert batch.image.shape == (64, 3, 16, 16) and 0 <= batch.image.min() <= batch.image.max() <= 1
     assert batch.has_3d.mean() == 0.5, "half of every batch is 2D only"
     assert 0.87 < batch.visible.mean() < 0.93, "a tenth is unlabelled"
-    blind = batch.has_3d == 0
+    assert torch.equal(batch.has_3d, batch.has_smpl[:, None].expand(64, 19)), "drawn: all or none"
+    blind = batch.has_smpl == 0
     assert (batch.rotmats[blind] == 0).all() and (batch.keypoints3d[blind] == 0).all()
     assert (batch.keypoints2d[batch.visible == 0] == 0).all()
-    center = batch.keypoints2d[batch.has_3d > 0]
+    center = batch.keypoints2d[~blind]
     assert center.abs().max() < 1.2, "the crop holds the person"
     heading = batch.rotmats[~blind][:, 0, :, 2]                       # where the chest points
     assert (heading[:, 2] > 0.5).any() and (heading[:, 2] < -0.5).any(), "all headings"
@@ -1101,7 +1112,7 @@ def test_the_loop_gives_every_loss_and_optimiser_its_own(monkeypatch, tmp_path):
     def like_3dhp(world, step):                                # picture 2 has joints but no SMPL
         b = batch(world, step)
         return b if world.batch_size != 4 else b._replace(
-            has_smpl=b.has_3d * torch.tensor([1.0, 0, 0, 0]))
+            has_smpl=b.has_smpl * torch.tensor([1.0, 0, 0, 0]))
     monkeypatch.setattr(data.SyntheticPeople, "batch", like_3dhp)
     monkeypatch.setattr(torch.optim, "Adam", lambda *a, **k:
                         seen["adam"].append(adam(*a, **k)) or seen["adam"][-1])
@@ -1122,7 +1133,7 @@ def test_the_loop_gives_every_loss_and_optimiser_its_own(monkeypatch, tmp_path):
             close(shown[1], betas, 0, "and the betas of the same Thetas")
         assert len(real[0]) == 12, "as many real as fake"
     assert not torch.equal(seen["D"][0][0], seen["D"][3][0]), "the real samples must change"
-    assert seen["joints3d_loss"][0][0][2].tolist() == [1, 0, 1, 0], "L_joints: masked by has_3d"
+    assert seen["joints3d_loss"][0][0][2][:, 0].tolist() == [1, 0, 1, 0], "L_joints: has_3d's mask"
     assert seen["smpl_loss"][0][0][4].tolist() == [1, 0, 0, 0], "L_smpl: masked by has_smpl"
     total = sum(w * seen[name][0][1] for w, name in zip((2, 3, 5, 7), losses))    # Eq. (1)
     close(seen["log"][0].loss_E, total, 1e-4, "a loss has lost its weight, or has another's")
@@ -1143,7 +1154,8 @@ def test_a_whole_step_is_the_official_codes(golden, golden_body):
     batch = data.Batch(torch.zeros(4, 3, 8, 8), keypoints, visible[..., 0],
                        nn.functional.pad(golden["step_joints"], (0, 0, 0, 5)),
                        batch_rodrigues(golden["step_pose"].view(4, 24, 3)), golden["step_betas"],
-                       golden["step_has_joints"], golden["step_has_smpl"], torch.zeros(4, 3))
+                       golden["step_has_joints"][:, None].expand(4, 19), golden["step_has_smpl"],
+                       torch.zeros(4, 3))
     # hmr updates both at once: E is judged by D as it was, so D must stand still here
     players = [torch.optim.SGD(network.parameters(), lr=0.0) for network in (E, D)]
     loss_E, L_kp, L_joints, L_smpl, L_adv, loss_D, *_ = train.train_step(

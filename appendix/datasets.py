@@ -75,11 +75,12 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
 
 def flip_batch(batch: Batch) -> Batch:
     """Mirror pictures and ALL their labels.  x -> -x, and left things become right things."""
-    M = batch.image.new_tensor([-1, 1, 1])
+    M = batch.keypoints3d.new_tensor([-1, 1, 1])
     return batch._replace(
         image=batch.image.flip(-1),
         keypoints2d=batch.keypoints2d[:, FLIP_KEYPOINTS] * M[:2],
         visible=batch.visible[:, FLIP_KEYPOINTS],
         keypoints3d=batch.keypoints3d[:, FLIP_KEYPOINTS] * M,
+        has_3d=batch.has_3d[:, FLIP_KEYPOINTS],
         rotmats=batch.rotmats[:, FLIP_JOINTS] * M[:, None] * M,       # M R M, root included
         cam=batch.cam * batch.cam.new_tensor([1, -1, 1]))

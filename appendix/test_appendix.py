@@ -244,6 +244,8 @@ def test_flipping_takes_picture_and_visibility_along(body):
     for i, name in enumerate(KEYPOINT_NAMES):
         assert torch.equal(flipped.visible[:, i], batch.visible[:, FLIP_KEYPOINTS[i]]), \
             f"{name}: visibility must change sides with its point"
+    one = batch._replace(has_3d=torch.eye(19)[:4])                    # four right ones are labelled
+    assert datasets.flip_batch(one).has_3d.argmax(1).tolist() == [5, 4, 3, 2], "has_3d as well"
 
 
 def test_cropping_keeps_picture_and_points_together():
@@ -1058,7 +1060,7 @@ def one_process(rank: int, ranks: int, folder: str) -> None:
         joined = batch(data.SyntheticPeople(world.smpl.float(), world.frames, B, 32, labels="all"),
                        step)
         world.smpl.double()
-        has_3d, has_smpl, visible = torch.zeros(B), torch.zeros(B), torch.ones(B, 19)
+        has_3d, has_smpl, visible = torch.zeros(B, 19), torch.zeros(B), torch.ones(B, 19)
         has_3d[[0, 1, 4, 7]], has_smpl[[1, 4]], visible[[2, 5], 3:] = 1, 1, 0
         joined = joined._replace(has_3d=has_3d, has_smpl=has_smpl, visible=visible)
         return data.Batch(*(field[mine].double() for field in joined))
