@@ -46,10 +46,11 @@ from smpl import SMPL, batch_rodrigues, exit_status, say, write_atomically
 #    flags' own defaults differ).
 
 def option(default, help: str, choices: tuple | None = None, least: float | None = None,
-           below: float = 2 ** 63):
-    """A field of Config and a flag of the command line: one of choices, or in [least, below)."""
+           below: float = 2 ** 63, many: type | None = None):
+    """A field of Config and a flag of the command line: one of choices, or in [least, below), or a
+    tuple of many."""
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least,
-                                                            below=below))
+                                                            below=below, many=many))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,13 @@ class Config:
     upright: bool = option(False, "only the clips in which people are mostly upright (ours)")
     validate: str = option("", "a training CLIP to leave out and measure, to choose settings by")
     paired: bool = option(True, "half of each batch has 3D labels (Sec. 3.4); no: Fig. 4")
+    # photographs in its place (appendix/datasets.py)
+    data: tuple = option((), "coco:FILE@IMAGES, spin:FILE@IMAGES or lsp:DIR, several", many=str)
+    mix: tuple = option((), "of --data: a weight each (default: half 2D, half 3D)", many=float)
+    mocap: str = option("", "with --data, of the adversary: AMASS' DIR (default: the open clips)")
+    workers: int = option(2, "processes that load --data", least=0)
+    joint_regressor: str = option("", "for --eval with --data: J_regressor_h36m.npy")
+    smpl_genders: tuple = option((), "for --eval with --data: MALE and FEMALE body FILE", many=str)
     # the losses; they only mean something with hmr.py's denominators
     adv: bool = option(True, "D and L_adv (Sec. 3.3); without them and 3D: monsters (Fig. 5)")
     weight_kp: float = option(60.0, "of L_reproj (do_train.sh: 60; the paper's lambda)", least=0)
@@ -106,6 +114,7 @@ SMALL = dict(depth=18, width=32, size=64, crop="tight", look="plain", upright=Tr
              weight_adv=0.25, lr_scratch=1e-3, lr_d=1e-2, schedule="onecycle", batch=256,
              steps=8_000)
 SMALL_CPU = dict(size=48, batch=64, steps=4_000)                      # without a GPU
+REAL = "data mix mocap workers joint_regressor smpl_genders"          # what photographs bring along
 EVALUATION_SEED = 2018                  # of the test pictures: the same whatever --seed says
 
 
@@ -185,6 +194,8 @@ def lr_factor(step: int, config: Config) -> float:
 def training_world(config: Config, smpl: SMPL) -> SyntheticPeople:
     """The training clips' people; under torchrun each rank draws its share, other pictures."""
     rank, ranks = rank_and_ranks()
+    if config.data:
+        return real_data().RealPeople(config, smpl, rank, ranks)
     frames = load_mocap(config.upright, False, config.validate)       # (M, 24, 3)
     return SyntheticPeople(smpl, frames, config.batch // ranks, config.size, config.look,
                            config.seed, rank, "half" if config.paired else "2d", crop=config.crop)
@@ -223,8 +234,9 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
     if not checkpoint and config.pretrained != "none":
         load_pretrained(model.encoder, config)
     log = Log(config, lr, *(load_state(checkpoint, state) if checkpoint else (0, 0.0)))
-    # four held-out pictures, drawn with their bodies every picture_every steps
-    shown = next(evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl))
+    # four held-out pictures (of --data, its own first), drawn with bodies every picture_every steps
+    shown = Batch(*(part[:4] for part in world.batch(0))) if config.data else next(
+        evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl))
     model.train(), D.train()
     # torchrun: SMPL's buffers never change, of batch norm's rank 0's are kept: none need be sent
     players = [model, D] if ranks == 1 else [
@@ -411,7 +423,16 @@ def settle(config: Config) -> Config:
     if config.batch % ranks or config.batch < 2 * ranks:
         raise ValueError(f"--batch {config.batch}: expected two pictures or more for each process, "
                          f"and a multiple of the {ranks} processes")
+    if not config.data and any(getattr(config, k) for k in REAL.split() if k != "workers"):
+        raise ValueError("--mix, --mocap, --joint-regressor, --smpl-genders go with --data; name "
+                         "photographs by it, or leave them out")
     return dataclasses.replace(config, device=device, amp=amp, out=config.out or "runs/full")
+
+
+def real_data():
+    """The one chapter's need of the appendix, and only with --data."""
+    from appendix import datasets
+    return datasets
 
 
 def native_bf16(device: str) -> bool:
@@ -487,7 +508,8 @@ def load_checkpoint(path: Path, smpl: str | None = None) -> dict:
     checkpoint, default = load_file(path), dataclasses.asdict(Config())
     stored = checkpoint.get("config")
     if isinstance(stored, dict):                # of a version before these options
-        stored = checkpoint["config"] = {"crop": "official", "validate": ""} | stored
+        later = {key: default[key] for key in ["crop", "validate", *REAL.split()]}
+        stored = checkpoint["config"] = later | stored
     if not ({"model", "discriminator", "opt_E", "opt_D", "step", "seconds", "body", "rng"}
             <= checkpoint.keys() and isinstance(stored, dict) and stored.keys() == default.keys()
             and all(isinstance(stored[k], (type(v), int)) for k, v in default.items())):
@@ -617,13 +639,16 @@ def finish(model: HMR, D: nn.Module, shown: Batch, log: Log) -> dict:
     """The table, the picture and metrics.json of a finished run."""
     config, out, seconds = log.config, Path(log.config.out), log.seconds()
     save_png(out / "picture.png", overlays(model, shown))
-    metrics = evaluate(model, config, D if config.adv else None)
+    # photographs are measured by --eval .. --data, on others than were trained on
+    metrics = {"last_losses": dict(zip(log.COLUMNS, log.rows[-1]))} if config.data else evaluate(
+        model, config, D if config.adv else None)
     metrics |= {"seconds": seconds, "images": config.steps * config.batch,
                 "precision": PRECISION[config.amp], "device": device_name(config.device),
                 "torch": torch.__version__, "seed": config.seed,
                 "config": dataclasses.asdict(config) | {"lr_used": log.lr}}
     write_atomically(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False).encode())
-    print_table(metrics)
+    if not config.data:
+        print_table(metrics)
     say(f"{metrics['images']:,} pictures in {seconds / 60:.1f} min on {metrics['device']}; "
         f"picture: {out / 'picture.png'}  numbers: {out / 'metrics.json'}")
     return metrics
@@ -710,11 +735,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict
     fields = dataclasses.fields(Config)
     for f in fields:
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
-            {"type": type(f.default), "choices": f.metadata["choices"]}
+            {"type": f.metadata["many"] or type(f.default), "choices": f.metadata["choices"],
+             "nargs": "+" if f.metadata["many"] else None}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{f.metadata['help']} "
-                            f"[{f.default}]".replace("%", "%%").removesuffix(" []"), **kind)
+                            f"[{f.default if f.default != () else ''}]".replace("%", "%%")
+                            .removesuffix(" []"), **kind)
     args = parser.parse_args(argv)
-    return {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}, args
+    given = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, args
 
 
 def make_config(given: dict, preset: dict) -> Config:
@@ -741,7 +769,7 @@ def only(allowed: str, given: dict, option: str) -> None:
 
 
 def resume(given: dict) -> None:
-    only("out smpl device steps log_every picture_every save_every eval_pictures", given,
+    only("out smpl device steps log_every picture_every save_every eval_pictures workers", given,
          "--resume")
     given = {"device": "auto", "out": "runs/full"} | given
     path = Path(given["out"]) / "checkpoint.pt"
@@ -768,12 +796,16 @@ def run(argv: list[str] | None) -> None:
     if args.small and not args.eval:
         given.setdefault("out", "runs/small")
     if args.eval:
-        only("smpl device eval_pictures", given | ({"small": 1} if args.small else {}), "--eval")
+        only("smpl device " + (REAL if "data" in given else "eval_pictures"),
+             given | ({"small": 1} if args.small else {}), "--eval")
         model, D, config = load(args.eval, given.get("smpl"), given.get("device", "auto"))
-        config = settle(dataclasses.replace(config, **given))
-        metrics = evaluate(model, config, D if config.adv else None)
-        print_table(metrics | {"precision": PRECISION[config.amp]})
-        print_clips(model, config)
+        config = settle(dataclasses.replace(config, **{**dict(data=(), mix=(), mocap=""), **given}))
+        if config.data:
+            real_data().evaluate(model, config)
+        else:
+            metrics = evaluate(model, config, D if config.adv else None)
+            print_table(metrics | {"precision": PRECISION[config.amp]})
+            print_clips(model, config)
     elif args.resume:
         resume(given)
     else:
