@@ -61,7 +61,7 @@ J24_TO_19 = [J24_NAMES.index(name) for name in KEYPOINT_NAMES]
 J24_TO_14 = [J24_NAMES.index(name) for name in FIELD14]
 H36M_TO_14 = [H36M_NAMES.index(name) for name in FIELD14]
 COCO_TO_19 = [COCO_NAMES.index(name) if name in COCO_NAMES else -1 for name in KEYPOINT_NAMES]
-J24_PELVIS = J24_NAMES.index("pelvis_mpii")         # where SPIN's files keep H3.6M's and 3DHP's root
+J24_PELVIS = J24_NAMES.index("pelvis_mpii")         # the root of H3.6M's and 3DHP's S
 
 ORDERS = {"keypoints (HMR)": KEYPOINT_NAMES, "LSP, LSPET": KEYPOINT_NAMES[:LSP],
           "part, S (SPIN)": J24_NAMES, "COCO": COCO_NAMES, "J_regressor_h36m": H36M_NAMES,
@@ -371,9 +371,9 @@ def coco_row(row: dict) -> tuple[np.ndarray, list[float]]:
         raise ValueError("fewer than 6 visible keypoints")
     if not max(mask_w, mask_h) > 60:
         raise ValueError("60 pixels or smaller")
-    if not (k[7:, 2] > 0).any():                                      # COCO's first 7: face, shoulders
+    if not (k[7:, 2] > 0).any():                                      # after face and shoulders
         raise ValueError("face and shoulders only")
-    return k, [x + w / 2, y + h / 2, 1.2 * max(w, h)]                 # the bbox counts edges: no 0.5
+    return k, [x + w / 2, y + h / 2, 1.2 * max(w, h)]                 # bbox is of edges: no 0.5
 
 
 def read_lsp(folder: Path, images: Path) -> People:
@@ -385,7 +385,7 @@ def read_lsp(folder: Path, images: Path) -> People:
     """
     path = folder / "joints.mat"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected LSP's folder, with joints.mat in it")
+        raise FileNotFoundError(f"{path}: no such file; expected LSP's folder")
     try:
         joints = scipy.io.loadmat(path, variable_names=["joints"])["joints"]
     except NotImplementedError:
@@ -582,9 +582,9 @@ class Stream:
                 seen.add(row)
                 say(f"{found.name}: left out, {what}")
             if len(seen) > 0.01 * len(found.image):
-                raise ValueError(f"{found.name}: the pictures of {len(seen)} of {len(found.image):,} "
-                                 f"people cannot be read, more than 1 %, the last {what}; get them "
-                                 f"again")
+                raise ValueError(f"{found.name}: the pictures of {len(seen)} of its "
+                                 f"{len(found.image):,} people cannot be read, more than 1 %, the "
+                                 f"last {what}; get them again")
         if batch is not None:
             batch = Batch(*(part.to(self.device, non_blocking=True) for part in batch))
             batch = batch._replace(image=batch.image.float() / 255)   # (B, 3, size, size)
@@ -596,9 +596,9 @@ class Stream:
         if self.ahead is None or n != self.next:
             # a generator of its own: the loader's draw must not touch that of dropout
             self.ahead = iter(DataLoader(
-                self.pictures, batch_size=None, sampler=range(n, 2 ** 62), generator=torch.Generator(),
-                num_workers=self.workers, worker_init_fn=leave_ctrl_c_to_the_main_process,
-                pin_memory=self.device.type == "cuda"))
+                self.pictures, batch_size=None, sampler=range(n, 2 ** 62),
+                generator=torch.Generator(), num_workers=self.workers,
+                worker_init_fn=leave_ctrl_c_to_main, pin_memory=self.device.type == "cuda"))
             self.next = n
         self.next += 1
         try:
@@ -608,7 +608,7 @@ class Stream:
                              f"is /dev/shm full? try --workers 0") from None
 
 
-def leave_ctrl_c_to_the_main_process(worker: int) -> None:
+def leave_ctrl_c_to_main(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -641,7 +641,8 @@ class RealPeople:
             say("no --mocap: the adversary knows the open clips' motion, and betas ~ N(0, 1)")
         self.pool = SyntheticPeople(smpl, frames, self.batch_size, config.size, seed=config.seed,
                                     rank=rank, mix=not config.mocap)
-        pictures = Pictures(sets, config.size, config.crop, self.batch_size, share, config.seed, rank)
+        pictures = Pictures(sets, config.size, config.crop, self.batch_size, share, config.seed,
+                            rank)
         self.stream, self.last = Stream(pictures, config.workers, self.pool.device), (-1, None)
 
     def batch(self, step: int) -> Batch:
@@ -684,7 +685,8 @@ def shares(sets: list[People], mix: tuple[float, ...]) -> np.ndarray:
 
 
 def print_people(sets: list[People], share: np.ndarray) -> None:
-    say(f"{'data set':42s}{'people':>9s}{'with 3D':>9s}{'with SMPL':>10s}{'of a batch':>11s}  left out")
+    say(f"{'data set':42s}{'people':>9s}{'with 3D':>9s}{'with SMPL':>10s}{'of a batch':>11s}"
+        f"  left out")
     for found, part in zip(sets, share):
         with_3d = 0 if found.S is None else int((found.S[..., 3] > 0).any(1).sum())
         say(f"{found.name:42s}{len(found.image):9,}{with_3d:9,}{int(found.has_smpl.sum()):10,}"
@@ -764,7 +766,7 @@ class Truth:
         for gender, path in zip((b"m", b"f"), config.smpl_genders):
             self.bodies[gender] = SMPL(path).to(smpl.v_template.device)
             if self.bodies[gender].v_template.shape != smpl.v_template.shape:
-                raise ValueError(f"--smpl-genders {path}: not the mesh of --smpl; name SMPL's files")
+                raise ValueError(f"--smpl-genders {path}: not the mesh of --smpl; name SMPL's")
         self.from_S = found.S is not None and bool(found.S[..., 3].any())
         self.P = 13 if self.from_S and regressor is None else 14
         hips = "root the hips' middle"
@@ -811,14 +813,16 @@ def measure(model: HMR, config: Config, found: People, regressor: Tensor | None)
             theta_skins.append(1000 * (v - skin)[with_skin].norm(dim=-1).mean(1))     # (n,)
         errors.append(theta_errors), skins.append(theta_skins)
     result = {"name": found.name, "truth": truth, "per_iteration": [],
-              "frames": sum(len(e[0]["mpjpe"]) for e in errors), "skins": sum(len(s[0]) for s in skins)}
+              "frames": sum(len(e[0]["mpjpe"]) for e in errors),
+              "skins": sum(len(s[0]) for s in skins)}
     if not result["frames"]:
         raise ValueError(f"--data {found.name}: nobody has all of {truth.joints}")
     for of_theta, of_skin in zip(zip(*errors), zip(*skins)):
         row = summarize(list(of_theta))
         aligned = summarize([{"mpjpe": e["pa_mpjpe"]} for e in of_theta])
         result["per_iteration"].append(row | {
-            "pve": torch.cat(of_skin).mean().item(), "pa_pck": aligned["pck"], "pa_auc": aligned["auc"]})
+            "pve": torch.cat(of_skin).mean().item(), "pa_pck": aligned["pck"],
+            "pa_auc": aligned["auc"]})
     return result
 
 
@@ -847,14 +851,15 @@ def print_measures(result: dict) -> None:
     frames = f"mean over {result['frames']:,} frames"
     root = f"{truth.joints}; truth: {'measured joints S' if truth.from_S else truth.body}; {frames}"
     aligned = "the same, each frame moved, turned and scaled onto the truth"
-    skin = (f"{V:,} vertices, the same root; truth: {truth.body}; mean over {result['skins']:,} frames"
-            if result["skins"] else "no SMPL labels")
+    skin = (f"{V:,} vertices, the same root; truth: {truth.body}; mean over {result['skins']:,} "
+            f"frames" if result["skins"] else "no SMPL labels")
     bins = "thresholds 0, 5 .. 150 mm, strictly below"
     say(f"{'':16s}" + "".join(f"{f'iteration {t}':>13s}" for t in range(
         1, 1 + len(result["per_iteration"]))) + "  protocol")
     for key, title, protocol in (
-            ("mpjpe", "MPJPE mm", root), ("pa_mpjpe", "PA-MPJPE mm", aligned), ("pve", "PVE mm", skin),
-            ("pck", "PCK@150 %", "joints as of MPJPE, below 150 mm"), ("auc", "AUC %", bins),
+            ("mpjpe", "MPJPE mm", root), ("pa_mpjpe", "PA-MPJPE mm", aligned),
+            ("pve", "PVE mm", skin), ("pck", "PCK@150 %", "joints as of MPJPE, below 150 mm"),
+            ("auc", "AUC %", bins),
             ("pa_pck", "PA-PCK@150 %", "joints as of PA-MPJPE"), ("pa_auc", "PA-AUC %", bins)):
         values = [row[key] for row in result["per_iteration"]]
         say(f"{title:16s}" + "".join(f"{v:13.1f}" if math.isfinite(v) else f"{'-':>13s}"
