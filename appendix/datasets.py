@@ -833,6 +833,8 @@ def evaluate(model: HMR, config: Config) -> list[dict]:
     In float32.  Raises ValueError, FileNotFoundError.
     """
     model.eval().amp = None
+    if config.mix or config.mocap:
+        raise ValueError("--mix, --mocap: only for training; --eval measures every --data whole")
     if config.smpl_genders and len(config.smpl_genders) != 2:
         raise ValueError("--smpl-genders: expected two files, the MALE and the FEMALE body")
     smpl, results = model.smpl, []
