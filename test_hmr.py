@@ -1268,65 +1268,7 @@ def test_the_defaults_are_the_official_recipe():
 
 
 # ============================================================================================
-# On a GPU
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@gpu
-def test_a_small_step_on_the_gpu_has_the_cpus_losses(body):
-    config = train.Config(**train.SMALL | dict(batch=8, size=48, amp="off", device="cuda"))
-    world = data.SyntheticPeople(body, data.load_mocap(True, False), 8, 48)
-    batch, motion, losses = world.batch(0), world.motion(24, 0), []
-    for device in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        players = train.build(config, SMPL()).to(device).train(), Discriminator().to(device)
-        optimisers = [torch.optim.Adam(player.parameters(), 1e-3) for player in players]
-        losses.append(train.train_step(*players, *optimisers, data.Batch(*(
-            part.to(device) for part in batch)), tuple(part.to(device) for part in motion), config))
-    for name, cpu, cuda in zip(train.Losses._fields, *losses):
-        # float32 convolutions by other algorithms, 18 layers of batch norm over 8 pictures
-        close(cuda.cpu(), cpu, 1e-2 * abs(cpu.item()), f"{name} on the GPU")
-
-
-@gpu
-def test_the_gpu_renders_the_same_picture(body):
-    world = data.SyntheticPeople(body, data.load_mocap(True, False), 8, 64, labels="all")
-    batch = world.batch(0)
-    out = body(batch.betas, batch.rotmats)
-    color, empty = torch.rand(len(body.faces), 3), torch.zeros(8, 3, 64, 64)
-    arguments = (out.vertices, body.faces, batch.cam)
-    cpu = data.render(*arguments, 64, color, empty)
-    cuda = data.render(*(a.cuda() for a in arguments), 64, color.cuda(), empty.cuda()).cpu()
-    # where a pixel's centre lies on an edge, rounding decides which of two triangles is seen
-    share = ((cpu - cuda).abs().amax(1) > 0.02).float().mean().item()
-    assert share < 0.002, f"{share:.2%} of the pixels differ"
-
-
-@gpu
-def test_a_run_on_the_gpu_goes_on_and_is_measured_on_both(tmp_path, capsys):
-    out, common = str(tmp_path / "run"), ["--save-every", "1", "--eval-pictures", "64"]
-    assert train.main(["--small", "--device", "cuda", "--batch", "8", "--steps", "2", "--schedule",
-                       "constant", "--out", out, *common]) == 0
-    assert train.main(["--resume", "--out", out, "--steps", "4", "--device", "cuda"]) == 0
-    assert weights_of(tmp_path / "run")["step"] == 4
-    errors = []
-    for device in ("cpu", "cuda"):
-        model, D, config = train.load(tmp_path / "run" / "checkpoint.pt", device=device)
-        assert next(model.parameters()).device.type == device
-        errors.append(train.evaluate(model, config, D)["mpjpe"])
-    close(errors[1], errors[0], 0.1, "MPJPE, mm, of one checkpoint on the same pictures")
-
-
-@gpu
-def test_a_run_of_the_cpu_is_measured_on_the_gpu(tmp_path, capsys):
-    train.train(tiny(tmp_path / "run", steps=1))
-    assert train.main(["--eval", str(tmp_path / "run" / "checkpoint.pt"), "--device", "cuda"]) == 0
-    assert "Theta-bar" in capsys.readouterr().out
-
-
-# ============================================================================================
-# The README's commands, in a short form
+# The book
 
 def test_every_equation_of_the_paper_is_tagged_where_it_is_computed():
     code = "".join((HERE / f).read_text(encoding="utf-8") for f in ("hmr.py", "train.py"))
@@ -1334,7 +1276,3 @@ def test_every_equation_of_the_paper_is_tagged_where_it_is_computed():
     numbers = sorted({int(line[-2]) for line in tagged})
     assert numbers == list(range(1, 9)), f"HMR has Eqs. (1) to (8); tagged are {numbers}"
     assert all(line.split("#")[0].strip() for line in tagged), "a tag stands behind code"
-
-
-# ============================================================================================
-# The crop's scale, for pictures with labels of one's own
