@@ -563,13 +563,22 @@ def fill(checkpoint: dict, parts: dict) -> None:
 
 
 def load(path: str | os.PathLike, smpl: str | os.PathLike | None = None,
-         device: str = "auto") -> tuple[HMR, Discriminator, Config]:
+         device: str = "auto") -> tuple[HMR, Discriminator | None, Config]:
     """A trained model to use from Python: HMR in eval mode, its discriminators, its settings.
 
     path: a run's checkpoint.pt; smpl: the body FILE, if it is no longer where it was in training.
     In float32 (`model.amp = torch.bfloat16` for speed).  Raises FileNotFoundError or ValueError.
+    SPIN's published weights load, too; they have no discriminators (None).
     """
-    checkpoint = load_checkpoint(Path(path), os.fspath(smpl or ""))
+    try:
+        checkpoint = load_checkpoint(Path(path), os.fspath(smpl or ""))
+    except ValueError:
+        from appendix.spin import load_spin, read_spin                # for these weights alone
+        if read_spin(path) is None:
+            raise
+        config = settle(Config(rotation="6d", adv=False, amp="off", device=device, smpl=os.fspath(
+            smpl or "")))
+        return load_spin(path, SMPL(config.smpl or None)).to(config.device), None, config
     config = settle(Config(**checkpoint["config"] | {"device": device}))
     model = build(config, SMPL(config.smpl or None).to(config.device))
     D, model.amp = Discriminator().to(config.device), None

@@ -310,7 +310,8 @@ def read_keypoints(path: Path, photo: Path, extent: tuple[int, int],
 
 
 def coco_people(content: dict, name: str, extent: tuple[int, int]) -> list[Person]:
-    images = [image for image in content["images"] if PurePosixPath(image["file_name"]).name == name]
+    """A COCO annotation file's people of the picture called `name`, in the file's order."""
+    images = [i for i in content["images"] if PurePosixPath(i["file_name"]).name == name]
     if len(images) != 1:
         raise ValueError(f"{len(images)} of its images are called {name}; expected one")
     size = tuple(images[0].get(key, ours) for key, ours in zip(("width", "height"), extent))
@@ -402,8 +403,9 @@ def describe(body: HMROutput, window: Window, size: int, photo: str, image: Tens
     return {
         "photo": printable(photo), "photo_pixels": [image.shape[2], image.shape[1]],
         "crop_pixels": size, "window": {"center": window.center.tolist(), "side": window.side},
-        "camera": {"crop": body.cam[0].tolist(),                      # [-1, 1] = s (X + t)
-                   "photo": camera_of_photo(body.cam, window)[0].tolist()},       # pixel = s (X + t)
+        # s, tx, ty: s (X + t) is in [-1, 1] of the crop; in the photo's pixels
+        "camera": {"crop": body.cam[0].tolist(),
+                   "photo": camera_of_photo(body.cam, window)[0].tolist()},
         "perspective": {"f_crop": f, "f_photo": f * window.side / size,
                         "principal_point_photo": window.center.tolist(),
                         "translation": translation.tolist()},

@@ -1,0 +1,126 @@
+"""SPIN's published weights in HMR's place (Kolotouros et al., "Learning to Reconstruct 3D Human
+Pose and Shape via Model-Fitting in the Loop", ICCV 2019; its data/model_checkpoint.pt).
+
+    python -m appendix.photo PHOTO.jpg --checkpoint model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl
+    python train.py --eval model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl
+
+SPIN is HMR trained otherwise: same ResNet-50, same idea of a regressor; but no ReLU between its
+layers, three heads in place of one last layer, 6D rotations, and another order of Theta.  A class
+of its own, so that hmr.py stays the paper's.
+
+Axes:  B images   T = 3 iterations   157 = cam 3 | pose 144 (6D) | betas 10
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hmr import BETAS, CAM, HMR, POSE
+from smpl import SMPL
+
+HEADS = {"pose": 144, "shape": 10, "cam": 3}          # in the order in which fc1 reads them
+
+
+class SpinRegressor(nn.Module):
+    """feature (B, 2048) -> [Theta_1 .. Theta_T], each (B, 157).  SPIN's names of the weights."""
+
+    def __init__(self, iterations: int = 3, dropout: float = 0.5):
+        super().__init__()
+        self.iterations, self.dropout = iterations, dropout
+        self.fc1 = nn.Linear(2048 + sum(HEADS.values()), 1024)
+        self.fc2 = nn.Linear(1024, 1024)
+        for name, width in HEADS.items():
+            setattr(self, f"dec{name}", nn.Linear(1024, width))
+            self.register_buffer(f"init_{name}", torch.zeros(1, width))
+
+    @property
+    def theta_bar(self) -> Tensor:
+        """Where it starts, in this project's order -> (1, 157)."""
+        return torch.cat([self.init_cam, self.init_pose, self.init_shape], 1)
+
+    def forward(self, feature: Tensor) -> list[Tensor]:
+        theta = self.theta_bar.expand(len(feature), -1)               # (B, 157) Theta_0
+        thetas = []
+        for _ in range(self.iterations):
+            # cam LAST, and no ReLU: with dropout off, the two layers are one linear map
+            x = torch.cat([feature, theta[:, POSE], theta[:, BETAS], theta[:, CAM]], 1)
+            x = F.dropout(self.fc1(x), self.dropout, self.training)   # (B, 1024)
+            x = F.dropout(self.fc2(x), self.dropout, self.training)   # (B, 1024)
+            theta = theta + torch.cat([self.deccam(x), self.decpose(x), self.decshape(x)], 1)
+            thetas.append(theta)
+        return thetas
+
+
+class SPIN(HMR):
+    """HMR's interface (Thetas, encode, decode) with SPIN's regressor and crop.
+
+    Its camera was trained as a pinhole of f = 5,000 pixels at tz = 2 f / (224 s), which at that
+    distance is the camera of `project`.  Its own 49 keypoints are not here: the 19 are HMR's.
+    """
+
+    def __init__(self, smpl: SMPL):
+        super().__init__(smpl, depth=50, rotation="6d")
+        self.regressor = SpinRegressor()
+
+    @staticmethod
+    def crop(box: Tensor) -> tuple[Tensor, float, str]:
+        """A person's box (4,) = x, y, w, h -> the window's centre (2,) and side, in pixels, and
+        what lies beyond the picture.  (SPIN also rounds the window to whole pixels.)"""
+        return box[:2] + box[2:] / 2, 1.2 * float(box[2:].max()), "zeros"
+
+
+class _Inert:
+    """In place of numpy's numbers in the file (epoch, loss, ..), which nothing here needs: numpy's
+    own classes trust what a pickle says of them."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+_NUMPY = [(_Inert, name) for name in (
+    "numpy.dtype", "numpy.ndarray", "_codecs.encode",
+    *(f"numpy.{core}.multiarray.{f}" for core in ("core", "_core") for f in ("scalar",
+                                                                             "_reconstruct")))]
+
+
+def read_spin(path: str | os.PathLike) -> dict[str, Tensor] | None:
+    """The weights by name, or None if the file is not SPIN's (which has a `decpose.weight`)."""
+    try:
+        with torch.serialization.safe_globals(_NUMPY):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = content["model"]
+        return weights if "decpose.weight" in weights else None
+    except Exception:                       # of a broken or foreign file: train.load says which
+        return None
+
+
+def load_spin(path: str | os.PathLike, smpl: SMPL | None = None) -> SPIN:
+    """SPIN's checkpoint -> the network, in eval mode.  Raises ValueError, listing what is amiss."""
+    smpl, weights = smpl or SMPL(), read_spin(path)
+    if weights is None:
+        raise ValueError(f"{path}: not SPIN's checkpoint, a dict whose `model` has decpose.weight")
+    if len(smpl.v_template) != 6890:
+        print(f"SPIN was trained with SMPL's neutral body: on {smpl.name} its betas mean nothing "
+              f"and its poses are a little off; name SMPL's file by --smpl")
+    model = SPIN(smpl)
+    parts = (model.encoder, model.regressor)              # whose weights lie in one dict in SPIN
+    expected = {name: tuple(x.shape) for part in parts for name, x in part.state_dict().items()}
+    # old files may lack BatchNorm's counters, which nothing reads here
+    found = {name: () for name in expected if name.endswith("num_batches_tracked")}
+    found |= {name: tuple(x.shape) if isinstance(x, Tensor) else "no tensor"
+              for name, x in weights.items()}
+    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such name')}"
+             for name in sorted(expected.keys() | found.keys())
+             if found.get(name) != expected.get(name)]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} of its weights are not SPIN's: "
+                         + "; ".join(wrong[:20]) + "; .." * (len(wrong) > 20))
+    for part in parts:
+        part.load_state_dict({name: weights.get(name, x) for name, x in part.state_dict().items()})
+    return model.eval()
