@@ -115,7 +115,7 @@ def load_spin(path: str | os.PathLike, smpl: SMPL | None = None) -> SPIN:
     found = {name: () for name in expected if name.endswith("num_batches_tracked")}
     found |= {name: tuple(x.shape) if isinstance(x, Tensor) else "no tensor"
               for name, x in weights.items()}
-    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such name')}"
+    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such one')}"
              for name in sorted(expected.keys() | found.keys())
              if found.get(name) != expected.get(name)]
     if wrong:
