@@ -447,18 +447,24 @@ def network(args: argparse.Namespace) -> tuple[HMR, Discriminator | None, int, s
 
 def find(model: HMR, crop: Tensor, window: Window, person: Person | None,
          D: Discriminator | None) -> tuple[Tensor, list[Fit]]:
-    """One person's Theta (1, 85 or 157), and beside it what a fit found with and without L_adv."""
+    """One person's Theta (1, 85 or 157), and beside it what a fit found with and without L_adv.
+
+    Printed: README's columns; of the bodies' plausibility, the last two of train.py's table."""
     if D is None:
         with torch.inference_mode():
             return model(crop[None])[0][-1], []
     target = to_crop(person.keypoints, window)                        # (19, 2)
-    fits = []
-    for title, weight in (("with L_adv", WEIGHT_ADV), ("without", 0.0)):
+    recorded, fits = train.recorded_rotations(train.Config(), "cpu"), []          # (2M, 23, 9)
+    for title, weight in ((f"+ {WEIGHT_ADV} L_adv", WEIGHT_ADV), ("without it", 0.0)):
         found = fit(model, D, target, person.visible, weight)
-        print(f"{title:12s}{'60 L_reproj':>12s}{'L_adv':>8s}{'2D px/224':>11s}   from a heading of")
-        for row in zip(found.L_kp, found.L_adv, found.heading):
-            kp, adv, heading = (x.item() for x in row)
-            print(f"{'':12s}{60 * kp:12.3f}{adv:8.2f}{112 * kp:11.2f}{heading:9.0f} degrees")
+        print(f"{title:12s}{'60 L_reproj':>12s}{'L_adv':>8s}{'px an axis':>12s}{'outside %':>11s}"
+              f"{'mocap deg':>11s}   heading at the start")
+        odd = train.monstrosity(model.decode(found.theta), recorded)
+        for row in zip(found.L_kp, found.L_adv, odd["outside"].mean(1), odd["mocap"],
+                       found.heading):
+            kp, adv, outside, mocap, heading = (x.item() for x in row)
+            print(f"{'':12s}{60 * kp:12.3f}{adv:8.2f}{112 * kp:12.2f}{outside:11.0f}{mocap:11.0f}"
+                  f"{heading:9.0f}")
         fits.append(found)
     return fits[0].theta[:1], fits
 
