@@ -35,7 +35,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as vision
 
 from data import CROPS, Batch, SyntheticPeople, load_mocap
-from hmr import LEFT_HIP, LSP, RIGHT_HIP, HMR, HMROutput
+from hmr import LEFT_HIP, LSP, RIGHT_HIP, HMR
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, SMPL, batch_rodrigues,
                   exit_status, say)
 from train import Config, compute_similarity_transform, summarize

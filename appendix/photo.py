@@ -24,7 +24,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torchvision.io import decode_image
@@ -32,9 +31,9 @@ from torchvision.transforms.v2 import functional as vision
 
 import data
 import train
-from appendix.datasets import person_scale
-from hmr import (HMR, Discriminator, HMROutput, discriminator_loss, mean_theta, project,
-                 split_theta)
+from appendix.datasets import COCO_NAMES, cut_window, person_scale
+from hmr import (CAM, HMR, POSE, Discriminator, HMROutput, discriminator_loss, mean_theta,
+                 project)
 from smpl import (KEYPOINT_NAMES, SMPL, batch_rodrigues, exit_status, printable, save_obj,
                   write_atomically)
 
@@ -50,18 +49,8 @@ class Window(NamedTuple):
 
 
 def cut(image: Tensor, window: Window, size: int) -> Tensor:
-    """image (3, H, W) -> crop (3, size, size), sampled as appendix.datasets.crop_person does."""
-    H, W = image.shape[1:]
-    if window.side > size:                             # shrinking: low-pass first, or it aliases
-        shrunk = [max(1, round(length * size / window.side)) for length in (H, W)]
-        image = vision.resize(image, shrunk, antialias=True)          # (3, h, w)
-    # [-1, 1] of the crop -> [-1, 1] of the photo, so the shrinking drops out
-    extent = torch.tensor([W, H], dtype=torch.float32)                # (2,)
-    move = torch.cat([torch.diag(window.side / extent),
-                      (2 * window.center / extent - 1)[:, None]], 1)  # (2, 3)
-    grid = F.affine_grid(move[None], [1, 3, size, size], align_corners=False)
-    return F.grid_sample(image[None], grid, "bilinear", window.outside,
-                         align_corners=False)[0].clamp(0, 1)          # (3, size, size)
+    """image (3, H, W) -> crop (3, size, size), sampled as crop_person does."""
+    return cut_window(image, window.center, window.side, size, window.outside).clamp(0, 1)
 
 
 def to_photo(points: Tensor, window: Window) -> Tensor:
@@ -106,22 +95,16 @@ def perspective(cam: Tensor, size: float) -> tuple[float, Tensor]:
 BOX = 1.15
 
 
-def person_pixels(crop: str) -> float:
-    """The diagonal of a person's keypoints in a crop, in pixels of 224, as `crop` was trained."""
-    return data.CROPS[crop][0] if hasattr(data, "CROPS") else 150
-
-
 def keypoint_window(keypoints: Tensor, visible: Tensor, crop: str = "official") -> Window:
     """Where crop_person cuts: keypoints (19, 2) in the photo, visible (19,)."""
     seen = keypoints[visible > 0]                                     # (n, 2)
-    scale = person_scale(keypoints, visible) * person_pixels(crop) / 150
-    return Window((seen.amin(0) + seen.amax(0)) / 2, 224 / scale)
+    return Window((seen.amin(0) + seen.amax(0)) / 2, 224 / person_scale(keypoints, visible, crop))
 
 
 def box_window(box: Tensor, crop: str = "official") -> Window:
     """The window of a box (4,) = x, y, w, h in which its person is as large as in training."""
     diagonal = float(box[2:].norm())
-    return Window(box[:2] + box[2:] / 2, 224 / person_pixels(crop) * diagonal / BOX)
+    return Window(box[:2] + box[2:] / 2, 224 / data.CROPS[crop][0] * diagonal / BOX)
 
 
 # --------------------------------------------------------------------------------------------
@@ -143,26 +126,26 @@ class Fit(NamedTuple):
 
 
 def fit(model: HMR, D: Discriminator, target: Tensor, visible: Tensor,
-        weight_adv: float = WEIGHT_ADV, headings: int = 8,
-        steps: int = 300) -> Fit:
+        weight_adv: float = WEIGHT_ADV, headings: int = 8, steps: int = 300) -> Fit:
     """min over Theta of 60 L_reproj + weight_adv L_adv, from several headings, all at once.
 
     target (19, 2) in [-1, 1] of the crop, visible (19,).  Eq. (1) without 3D and without an
-    encoder, D held fixed.  From Theta-bar, turned about the vertical
-    and moved onto the keypoints' box; in 6D, since an axis-angle has seams.
+    encoder, D held fixed.  From Theta-bar, turned about the vertical and moved onto the keypoints'
+    box; in 6D, since an axis-angle has seams.
     """
     visible, weight_kp = (visible > 0).float(), train.Config.weight_kp
     angle = torch.arange(headings) * 2 * math.pi / headings           # (B,)
     turn = batch_rodrigues(angle[:, None] * torch.tensor([0.0, 1, 0]))            # (B, 3, 3)
     theta = mean_theta(model.smpl.mean_pose, "6d").repeat(headings, 1)            # (B, 157)
     root = batch_rodrigues(torch.tensor([math.pi, 0, 0])) @ turn      # (B, 3, 3) heading, upright
-    theta[:, 3:9] = root[..., :2].flatten(1)
+    theta[:, POSE][:, :6] = root[..., :2].flatten(1)                  # interleaved 6D
     points = model.decode(theta).keypoints3d[..., :2]                 # (B, 19, 2)
     (low, high), (there_low, there_high) = (
         (x.amin(-2), x.amax(-2)) for x in (points[:, visible > 0], target[visible > 0]))
     scale = (there_high - there_low).norm() / (high - low).norm(dim=-1)           # (B,)
     shift = (there_low + there_high) / 2 / scale[:, None] - (low + high) / 2      # (B, 2)
-    theta = torch.cat([scale[:, None], shift, theta[:, 3:]], 1).requires_grad_()
+    theta[:, CAM] = torch.cat([scale[:, None], shift], 1)
+    theta.requires_grad_()
 
     def losses() -> tuple[Tensor, Tensor, Tensor]:                    # (B,) each
         out = model.decode(theta)
@@ -230,10 +213,6 @@ def train_discriminators(smpl: SMPL, steps: int = 1000, N: int = 96) -> Discrimi
 # ============================================================================================
 # Not needed to understand HMR: reading photos and keypoints, pictures and files, the command line.
 
-COCO_NAMES = (
-    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
-    "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee",
-    "right_knee", "left_ankle", "right_ankle")
 FEWEST = 6                    # labelled points of a person (Sec. 4: others are left out)
 
 
@@ -373,10 +352,11 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
     overlay = data.draw_mesh(body.vertices, faces, torch.cat([s, t - 1 / s], 1), L, canvas[None])[0]
     radius = max(2.0, h / 150)
     if person is not None:
-        given = on_canvas(person.keypoints), (1.0, 1, 1), 1.6 * radius, person.visible, False
+        seen = person.visible > 0                                     # (19,)
+        given = on_canvas(person.keypoints[seen]), (1.0, 1, 1), 1.6 * radius, False
         canvas, overlay = (data.draw_points(x, *given) for x in (canvas, overlay))
-        overlay = data.draw_points(overlay, on_canvas(to_photo(body.keypoints2d[0], window)),
-                                   radius=radius, visible=person.visible)
+        overlay = data.draw_points(overlay, on_canvas(to_photo(body.keypoints2d[0, seen], window)),
+                                   radius=radius)
     turned = [data.side_view(body.vertices)]                          # (1, V, 3)
     turned.append(data.side_view(turned[0]))
     low, high = (torch.stack([f(x, 1)[:, :2] for x in turned]) for f in (torch.amin, torch.amax))
@@ -389,22 +369,23 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
 def sheet(crop: Tensor, model: HMR, fits: list[Fit], target: Tensor, visible: Tensor) -> Tensor:
     """All that a fit found, best first, a row a heading: overlay | turned 90 | 180 degrees; the
     fits side by side -> (3, B * 224, ..)."""
-    columns = []
+    columns, seen = [], visible > 0
     for found in fits:
         body = model.decode(found.theta, vertices=True)
         turned = data.side_view(body.vertices)
         background = torch.nn.functional.interpolate(crop[None], (224, 224), mode="bilinear")
         overlay = data.draw_mesh(body.vertices, model.smpl.faces, body.cam, 224,
                                  background.expand(len(turned), -1, -1, -1))
-        overlay = [data.draw_points(data.draw_points(o, target, (1, 1, 1), 3, visible, False), k,
-                                    visible=visible) for o, k in zip(overlay, body.keypoints2d)]
+        overlay = [data.draw_points(data.draw_points(o, target[seen], (1, 1, 1), 3, False), k[seen])
+                   for o, k in zip(overlay, body.keypoints2d)]
         views = [list(data.draw_mesh(v, model.smpl.faces, body.cam, 224))
                  for v in (turned, data.side_view(turned))]
         columns += [torch.cat(part, 1) for part in (overlay, *views)]
     return torch.cat(columns, 2)
 
 
-def describe(body: HMROutput, window: Window, size: int, photo: str, image: Tensor) -> dict:
+def describe(body: HMROutput, smpl: str, window: Window, size: int, photo: str,
+             image: Tensor) -> dict:
     """STEM.json: one body in numbers.  Camera frame (x right, y down, z away), metres; pixel i of
     the photo covers [i, i + 1), the crop is [-1, 1] in both directions."""
     f, translation = perspective(body.cam[0], size)
@@ -412,7 +393,7 @@ def describe(body: HMROutput, window: Window, size: int, photo: str, image: Tens
     crop = {name: project(x, body.cam)[0] for name, x in points.items()}          # (24 or 19, 2)
     rotmats = body.rotmats[0].double().numpy()                        # (24, 3, 3)
     return {
-        "photo": printable(photo), "photo_pixels": [image.shape[2], image.shape[1]],
+        "photo": printable(photo), "body": smpl, "photo_pixels": [image.shape[2], image.shape[1]],
         "crop_pixels": size, "window": {"center": window.center.tolist(), "side": window.side},
         # s, tx, ty: s (X + t) is in [-1, 1] of the crop; in the photo's pixels
         "camera": {"crop": body.cam[0].tolist(),
@@ -436,7 +417,7 @@ def network(args: argparse.Namespace) -> tuple[HMR, Discriminator | None, int, s
                              f"leave it out, and --fit trains some")
         if not args.fit and not hasattr(model, "crop"):
             print("a network trained on drawn people is not expected to work on photographs")
-        return model, D, config.size, getattr(config, "crop", "official")
+        return model, D, config.size, config.crop
     if not args.fit:
         raise ValueError("--checkpoint: none named; `python train.py --small` makes "
                          "runs/small/checkpoint.pt in some 10 minutes, --fit needs none")
@@ -478,7 +459,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--person {args.person}: one of --keypoints' people; name that file")
     people = read_keypoints(args.keypoints, args.photo, (W, H), args.person) if args.keypoints \
         else [None]
-    box = parse_box(args.bbox, (W, H)) if args.bbox else torch.tensor([0.0, 0, W, H])     # (4,)
+    box = parse_box(args.bbox or f"0,0,{W},{H}", (W, H))              # (4,) default: all of it
     stems = [args.photo.stem + (f"_{p.number}" if len(people) > 1 else "") for p in people]
     outputs = [args.out / (stem + end) for stem in stems
                for end in (".png", ".obj", ".json", "_fits.png")]
@@ -507,7 +488,7 @@ def save(args: argparse.Namespace, model: HMR, image: Tensor, window: Window,
     if not theta.isfinite().all() or body.cam[0, 0] <= 1e-3:
         raise ValueError(f"{args.photo}: no body found (camera scale {body.cam[0, 0]:.3g}); "
                          f"train longer, or name the person by --bbox or --keypoints")
-    numbers = describe(body, window, crop.shape[-1], args.photo.name, image)
+    numbers = describe(body, model.smpl.name, window, crop.shape[-1], args.photo.name, image)
     picture = panels(image, body, model.smpl.faces, window, person)
     if fits:
         numbers["fit"] = {key: getattr(fits[0], key)[0].item() for key in Fit._fields[1:]}
@@ -522,7 +503,7 @@ def save(args: argparse.Namespace, model: HMR, image: Tensor, window: Window,
     save_obj(args.out / f"{stem}.obj", body.vertices[0] * torch.tensor([1.0, -1, -1]),
              model.smpl.faces)
     write_atomically(args.out / f"{stem}.json", json.dumps(numbers, indent=1).encode())
-    print(f"wrote {args.out / stem}.png, .obj, .json" + ", _fits.png" * bool(fits))
+    print(f"wrote {printable(args.out / stem)}.png, .obj, .json" + ", _fits.png" * bool(fits))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ Axes:  B images   T = 3 iterations   157 = cam 3 | pose 144 (6D) | betas 10
 """
 
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
