@@ -629,11 +629,13 @@ class RealPeople:
             sets = [found._replace(S=None, has_smpl=0 * found.has_smpl) for found in sets]
         self.batch_size, share = config.batch // ranks, shares(sets, config.mix)
         print_people(sets, share)
-        if len(smpl.v_template) == 6890 and torch.equal(
-                smpl.cocoplus_regressor[:13],
-                smpl.J_regressor[[JOINT_NAMES.index(name) for name in KEYPOINT_NAMES[:13]]]):
-            say(f"{smpl.name}: its keypoints are SMPL's joints and five vertices, not HMR's "
-                f"regressor's: they are centimetres from where annotators click")
+        limbs = [JOINT_NAMES.index(name) for name in KEYPOINT_NAMES[:13]]
+        if torch.equal(smpl.cocoplus_regressor[:13], smpl.J_regressor[limbs]):
+            say(f"{smpl.name}: its 19 keypoints are SMPL's joints and six vertices, not what HMR's "
+                f"regressor makes of the skin; hips, neck and ankles are not where people click")
+        if len(smpl.v_template) != 6890 and (config.mocap or any(x.has_smpl.any() for x in sets)):
+            say(f"{smpl.name} is not SMPL's mesh: the betas of --data and --mocap mean something "
+                f"else on it; name SMPL's file by --smpl")
         if config.mocap:
             frames, self.betas = read_amass(Path(config.mocap))
         else:
@@ -797,7 +799,8 @@ class Truth:
 def measure(model: HMR, config: Config, found: People, regressor: Tensor | None) -> dict:
     """One data set: each iteration's measures, averaged over frames -> what `evaluate` prints."""
     truth = Truth(found, config, model.smpl, regressor)
-    pictures = InOrder([found], config.size, getattr(model, "crop", config.crop))
+    # SPIN's network comes with a crop of its own
+    pictures = InOrder([found], config.size, "spin" if hasattr(model, "crop") else config.crop)
     stream = Stream(pictures, config.workers, model.smpl.v_template.device)
     errors, skins = [], []                                            # per batch, T of each
     for n in range(math.ceil(len(found.image) / pictures.batch)):
@@ -829,8 +832,8 @@ def measure(model: HMR, config: Config, found: People, regressor: Tensor | None)
 def evaluate(model: HMR, config: Config) -> list[dict]:
     """--eval .. --data: measure on each data set and print, a line a measure, with its protocol.
 
-    model: HMR or what has its forward, decode and smpl; its `crop`, if any, replaces config's.
-    In float32.  Raises ValueError, FileNotFoundError.
+    model: HMR, or what has its forward, decode and smpl (with a `crop`: SPIN, whose boxes are cut
+    out as they are in its files).  In float32.  Raises ValueError, FileNotFoundError.
     """
     model.eval().amp = None
     if config.mix or config.mocap:

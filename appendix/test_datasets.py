@@ -178,6 +178,17 @@ def test_a_box_shows_a_person_as_large_as_keypoints_do(tmp_path, body):
     close(side, by_points.box[:, 2], 0, "SPIN's network sees the box itself")
 
 
+def test_spins_crop_is_black_outside_and_its_box_itself(tmp_path):
+    text = spin(tmp_path, center=np.tile([10.0, 240.0], (4, 1)))
+    for crop, left in (("spin", 0), ("official", 1)):
+        pictures = datasets.InOrder([read_people(text)], 224, crop)
+        image, points = pictures[0][0].image[0].float(), pictures[0][0].keypoints2d[0]
+        assert (image[:2, :, 0].sum() > 0) == left, f"{crop}: beyond the picture"
+        if crop == "spin":
+            expected = (torch.tensor(person()[0] + 0.5) - torch.tensor([10.5, 240.5])) / 120
+            close(points[0], expected, 1e-5, "the box, 240 pixels about (10, 240), is [-1, 1]")
+
+
 # ============================================================================================
 # Pictures of every kind
 
@@ -597,6 +608,20 @@ def test_the_adversary_sees_amass(tmp_path, body):
     assert not torch.equal(people.motion(64, 6)[0], rotmats)
     _, betas = world(body, spin(tmp_path / "b")).motion(64, 5)
     assert betas.std() > 0.8, "without --mocap: the open clips, N(0, 1)"
+
+
+def test_what_a_body_lacks_is_said(tmp_path, body, capsys):
+    text = spin(tmp_path)
+    world(body, text)
+    assert "body.npz is not SMPL's mesh: the betas" in capsys.readouterr().out
+    V, rng = 6890, np.random.default_rng(0)
+    np.savez(tmp_path / "SMPL_NEUTRAL.npz", v_template=rng.normal(size=(V, 3)).astype(np.float32),
+             shapedirs=np.zeros((V, 3, 10), np.float32), posedirs=np.zeros((V, 3, 207), np.float32),
+             J_regressor=np.eye(24, V), weights=np.eye(24)[np.arange(V) % 24],
+             kintree_table=np.array([body.parents, range(24)]), f=np.array([[0, 1, 2]]))
+    world(SMPL(tmp_path / "SMPL_NEUTRAL.npz"), text)
+    out = capsys.readouterr().out
+    assert "SMPL_NEUTRAL.npz: its 19 keypoints are SMPL's joints" in out and "not SMPL's" not in out
 
 
 def test_fifty_thousand_people_are_arrays(tmp_path):
