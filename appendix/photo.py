@@ -110,9 +110,9 @@ def box_window(box: Tensor, crop: str = "official") -> Window:
 # --------------------------------------------------------------------------------------------
 # 2. A body for 2D keypoints without an encoder: the paper's objective, Theta by gradient descent
 
-# The official code's weights are 60 and 1.  Ours, with `train_discriminators`: the least that kept
-# 12 drawn people of the held-out clips near recorded poses, also where their points were off by
-# some pixels (appendix/README.md); at 1, Theta is pulled away from what the points say.
+# The official code's weights are 60 and 1.  0.1 is ours, chosen with `train_discriminators` on 12
+# drawn people of the held-out clips: at 1 Theta is pulled away from what the points say, below 0.1
+# more and more joints leave the recorded range (appendix/README.md has the numbers).
 WEIGHT_ADV = 0.1
 
 

@@ -465,7 +465,8 @@ def test_the_fit_on_the_command_line(tmp_path, checkpoint, monkeypatch, judge, c
         assert photo.read_photo(out / "one.png").shape == (3, 120, 280), "below: without L_adv"
         assert photo.read_photo(out / "one_fits.png").shape == (3, 3 * 224, 6 * 224)
     printed = capsys.readouterr().out
-    assert "(ours)" in printed and printed.count("px an axis") == 4 and printed.count("without") == 2
+    assert "(ours)" in printed, "the discriminators trained anew are not the paper's"
+    assert printed.count("px an axis") == 4 and printed.count("without it") == 2
     config = train.Config(adv=False)
     monkeypatch.setattr(train, "load", lambda *args: (None, judge, config))
     is_sentence([one, "--keypoints", rows, "--fit", "--checkpoint", "no_adv.pt"], capsys,
