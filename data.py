@@ -8,7 +8,8 @@ in the paper.  The leaf, the renderer, comes last: it is not HMR.
 
 Axes:  B pictures   M recorded frames   V vertices   F triangles   H = W = size in pixels
        19 keypoints   24 joints   26 parts of the clothes
-       in the renderer: S triangles seen from in front, Q pairs of triangle and pixel, P pixels hit
+       in the renderer: S triangles seen from in front, Q pairs of triangle and pixel, I of them
+       inside, P pixels hit
 Camera frame: x right, y DOWN, z away from the camera, metres.  2D in [-1, 1] of the square crop,
 pixel = (x + 1) * size / 2; pixel i covers [i, i + 1) and is sampled at i + 0.5, so that
 mirroring a picture is exactly x -> -x.
@@ -56,19 +57,19 @@ def load_clips(upright: bool, held_out: bool, validate: str = "") -> dict[str, T
         names = UPRIGHT if upright else sorted(file.files)
         clips = {name: file[name].astype(np.float32) for name in names}           # (M, 72)
     if upright:
-        clips["spin"] = np.delete(clips["spin"], LEVEL, axis=0)
+        clips["spin"] = np.delete(clips["spin"], LEVEL, axis=0)       # (n, 72)
     training = [name for name in names if name not in HELD_OUT]
     if validate and validate not in training:
         raise ValueError(f"--validate {validate}: expected one of {', '.join(training)}")
     training = [name for name in training if name != validate]
     measured = [validate] if validate else [name for name in names if name in HELD_OUT]
     return {name: torch.from_numpy(clips[name]).view(-1, 24, 3)
-            for name in (measured if held_out else training)}
+            for name in (measured if held_out else training)}         # (M, 24, 3) each
 
 
 def load_mocap(upright: bool, held_out: bool, validate: str = "") -> Tensor:
     """All frames of `load_clips` -> (M, 24, 3)."""
-    return torch.cat(list(load_clips(upright, held_out, validate).values()))
+    return torch.cat(list(load_clips(upright, held_out, validate).values()))      # (M, 24, 3)
 
 
 def mirror_pose(pose: Tensor) -> Tensor:
@@ -157,9 +158,9 @@ class SyntheticPeople:
         # All fixed numbers go to the device here, once.  In `batch`, a list used as an index would
         # be copied at every step, and the copy waits until a GPU has finished all earlier work.
         self.frames = torch.cat([frames, mirror_pose(frames)]).to(self.device)    # (2M, 24, 3)
-        limbs = torch.zeros(len(LIMBS), 24, 1, dtype=torch.bool)
-        suit = torch.zeros(PARTS, 3)
-        for limb, joints in zip(limbs, LIMBS):
+        limbs = torch.zeros(len(LIMBS), 24, 1, dtype=torch.bool)      # (6, 24, 1)
+        suit = torch.zeros(PARTS, 3)                                  # (26, 3)
+        for limb, joints in zip(limbs, LIMBS):                        # (24, 1)
             limb[list(joints)] = True
         for joints, color in SUIT.items():
             suit[list(joints)] = torch.tensor(color)
@@ -187,27 +188,28 @@ class SyntheticPeople:
         """
         def frame() -> Tensor:
             M = len(self.frames) // 2
-            index = torch.randint(M, (n,), generator=rng, device=self.device)
-            mirrored = torch.rand(n, generator=rng, device=self.device) < 0.5
+            index = torch.randint(M, (n,), generator=rng, device=self.device)     # (n,)
+            mirrored = torch.rand(n, generator=rng, device=self.device) < 0.5     # (n,)
             return self.frames.index_select(0, index + M * mirrored)  # (n, 24, 3)
 
-        pose = frame()
+        pose = frame()                                                # (n, 24, 3)
         if not self.mix:
             return pose
         for limb in self.limbs:                                       # (24, 1)
-            other = torch.rand(n, 1, 1, generator=rng, device=self.device) < 0.6
+            other = torch.rand(n, 1, 1, generator=rng, device=self.device) < 0.6  # (n, 1, 1)
             pose = torch.where(other & limb, frame(), pose)           # (n, 24, 3)
-        noise = torch.randn(n, 24, 3, generator=rng, device=self.device)
+        noise = torch.randn(n, 24, 3, generator=rng, device=self.device)          # (n, 24, 3)
         return pose + 0.05 * noise                                    # radians: about 3 degrees
 
     def betas(self, n: int, rng: torch.Generator) -> Tensor:
         """(n, 10); N(0, 1), since the coefficients of SMPL's shape space are scaled to it."""
-        return torch.randn(n, 10, generator=rng, device=self.device)
+        return torch.randn(n, 10, generator=rng, device=self.device)  # (n, 10)
 
     def motion(self, n: int, step: int) -> tuple[Tensor, Tensor]:
         """Real samples for D: rotmats (n, 23, 3, 3) without root, betas (n, 10); no picture."""
         rng = self.generator(step, stream=1)
-        return batch_rodrigues(self.poses(n, rng)[:, 1:]), self.betas(n, rng)
+        return (batch_rodrigues(self.poses(n, rng)[:, 1:]),
+                self.betas(n, rng))                                   # (n, 23, 3, 3), (n, 10)
 
     @torch.no_grad()
     def batch(self, step: int) -> Batch:
@@ -221,13 +223,13 @@ class SyntheticPeople:
         cam = self._cameras(body.keypoints, rng)                      # (B, 3)
         image = self._draw(body.vertices, cam, rng)                   # (B, 3, H, W)
         # occluded and out-of-crop points stay labelled, as in the official data
-        visible = (torch.rand(B, 19, generator=rng, device=self.device) < 0.9).float()
-        has_smpl = (torch.arange(B, device=self.device) % 2 == 0).float()
+        visible = (torch.rand(B, 19, generator=rng, device=self.device) < 0.9).float()  # (B, 19)
+        has_smpl = (torch.arange(B, device=self.device) % 2 == 0).float()         # (B,)
         if self.labels == "all":
             visible, has_smpl = torch.ones_like(visible), torch.ones_like(has_smpl)
         elif self.labels == "2d":
             has_smpl = torch.zeros_like(has_smpl)
-        has_3d = has_smpl[:, None].expand(B, 19)
+        has_3d = has_smpl[:, None].expand(B, 19)                      # (B, 19)
         return Batch(image=image, visible=visible, cam=cam,
                      keypoints2d=project(body.keypoints, cam) * visible[..., None],
                      keypoints3d=body.keypoints * has_3d[..., None],
@@ -236,10 +238,11 @@ class SyntheticPeople:
 
     def _headings(self, B: int, rng: torch.Generator) -> Tensor:
         """World to camera (B, 3, 3): turn to any heading, tilt the camera a bit, y up -> down."""
-        turn = torch.zeros(B, 3, device=self.device)
+        turn = torch.zeros(B, 3, device=self.device)                  # (B, 3)
         turn[:, 1] = 2 * math.pi * torch.rand(B, generator=rng, device=self.device)
-        tilt = torch.randn(B, 3, generator=rng, device=self.device) * self.no_turn
-        return self.flip @ batch_rodrigues(math.radians(5) * tilt) @ batch_rodrigues(turn)
+        tilt = torch.randn(B, 3, generator=rng, device=self.device) * self.no_turn  # (B, 3)
+        return (self.flip @ batch_rodrigues(math.radians(5) * tilt)
+                @ batch_rodrigues(turn))                              # (B, 3, 3)
 
     def _cameras(self, keypoints: Tensor, rng: torch.Generator) -> Tensor:
         """The crop and its jitter as a camera: keypoints (B, 19, 3) -> cam (B, 3).
@@ -249,12 +252,12 @@ class SyntheticPeople:
         """
         diagonal, move, least, most = CROPS[self.crop]
         low, high = keypoints[..., :2].amin(1), keypoints[..., :2].amax(1)        # (B, 2)
-        jitter = torch.rand(len(low), 3, generator=rng, device=self.device)
+        jitter = torch.rand(len(low), 3, generator=rng, device=self.device)       # (B, 3)
         scale = 2 * diagonal / 224 / (high - low).norm(dim=-1)        # (B,) crop units a metre
         shift = 2 * move / 224 * (2 * jitter[:, :2] - 1) / scale[:, None]         # (B, 2) metres
         # after the shift, as the official code
         scale = scale * (least + (most - least) * jitter[:, 2])       # (B,)
-        return torch.cat([scale[:, None], shift - (low + high) / 2], 1)
+        return torch.cat([scale[:, None], shift - (low + high) / 2], 1)           # (B, 3)
 
     def _draw(self, vertices: Tensor, cam: Tensor, rng: torch.Generator) -> Tensor:
         B, size = len(vertices), self.size
@@ -269,7 +272,8 @@ class SyntheticPeople:
             background = blow_up(0.25 + 0.5 * rand(B, 3, 3, 3))       # (B, 3, H, W) smooth noise
         else:
             table = self._clothes(rand)                               # (B, 26, 3)
-            background = blow_up(rand(B, 3, 3, 3)) + 0.5 * (blow_up(rand(B, 3, 12, 12)) - 0.5)
+            background = (blow_up(rand(B, 3, 3, 3))
+                          + 0.5 * (blow_up(rand(B, 3, 12, 12)) - 0.5))# (B, 3, H, W)
             background = paste_rectangles(background, rand(B, 6, 8))
             # stripes across the body: 6 to 46 radians a metre, a wave of 14 to 105 cm
             frequency = 6 + 40 * rand(B, 1)                           # (B, 1)
@@ -288,7 +292,7 @@ class SyntheticPeople:
         """Colours of the 26 parts (B, 26, 3): skin, hair, shirt, trousers, shoes; sleeves vary."""
         B = self.batch_size
         skin = (0.25 + 0.75 * rand(B, 1)) * self.skin                 # (B, 3)
-        hair, shirt, trousers, shoes = (rand(B, 3) ** p for p in (3.0, 1.0, 1.0, 2.0))
+        hair, shirt, trousers, shoes = (rand(B, 3) ** p for p in (3.0, 1.0, 1.0, 2.0))  # (B, 3)
         long_sleeves, long_trousers = rand(2, B, 1) < 0.5             # (B, 1) each
         forearms = torch.where(long_sleeves, shirt, skin)             # (B, 3)
         calves = torch.where(long_trousers, trousers, skin)           # (B, 3)
@@ -304,7 +308,7 @@ def paste_rectangles(image: Tensor, draws: Tensor, biggest=0.6, chance=0.7) -> T
         present = there < chance
         in_x = (p - cx[:, None]).abs() < biggest * w[:, None] / 2     # (B, W)
         in_y = (p - cy[:, None]).abs() < biggest * h[:, None] / 2     # (B, H)
-        mask = (in_y[:, :, None] & in_x[:, None] & present[:, None, None])[:, None]
+        mask = (in_y[:, :, None] & in_x[:, None] & present[:, None, None])[:, None]  # (B, 1, H, W)
         image = torch.where(mask, torch.stack([r, g, b], 1)[..., None, None], image)
     return image
 
@@ -338,12 +342,12 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
     # The batch goes innermost: gathering a face's corners then copies whole rows of B numbers.
     xyz = torch.cat([(points[..., :2] + 1) * (size / 2), points[..., 2:]], -1)    # pixels, metres
     xyz = xyz.permute(1, 2, 0).contiguous()                           # (V, 3, B)
-    corners = xyz[:, :2].index_select(0, faces.flatten()).view(n_faces, 3, 2, B)
+    corners = xyz[:, :2].index_select(0, faces.flatten()).view(n_faces, 3, 2, B)  # (F, 3, 2, B)
     # First and last pixel whose centre lies in the bounding box, within the picture.
     first = (corners.amin(1) - 0.5).ceil().clamp(min=0)               # (F, 2, B)
     last = (corners.amax(1) - 0.5).floor().clamp(max=size - 1)        # (F, 2, B)
     # Twice the signed area; negative = counter-clockwise seen along +z with y down = facing us.
-    (ux, uy), (vx, vy) = [(corners[:, k] - corners[:, 0]).unbind(1) for k in (1, 2)]
+    (ux, uy), (vx, vy) = [(corners[:, k] - corners[:, 0]).unbind(1) for k in (1, 2)]  # (F, B)
     area = ux * vy - vx * uy                                          # (F, B)
     box = last - first + 1                                            # (F, 2, B) pixels
     f, b = ((area < -1e-9) & (box[:, 0] > 0) & (box[:, 1] > 0)).nonzero(as_tuple=True)    # (S,)
@@ -354,7 +358,8 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
         return value.flatten().index_select(0, f * B + b)
     area, x0, y0, w, h = map(pick, (area, *first.unbind(1), *box.unbind(1)))      # (S,) each
     corner = (faces[f] * (3 * B) + b[:, None]).T.flatten()            # (3S,) where its x is in xyz
-    x, y, z = (xyz.flatten().index_select(0, corner + k * B).view(3, -1) for k in range(3))
+    x, y, z = (xyz.flatten().index_select(0, corner + k * B).view(3, -1)
+               for k in range(3))                                     # (3, S) each
     planes = []                                                       # 6 x (S,)
     for n, p in ((1, 2), (2, 0)):
         gx, gy = (y[n] - y[p]) / area, (x[p] - x[n]) / area           # (S,)
@@ -371,7 +376,7 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
     w0 = gx0 * dx + gy0 * dy + start0                                 # (Q,) barycentric
     w1 = gx1 * dx + gy1 * dy + start1                                 # (Q,)
     # A hair's tolerance: neighbours may both claim a pixel on their edge, but no crack opens.
-    inside = (torch.minimum(torch.minimum(w0, w1), 1 - w0 - w1) > -1e-5).nonzero()[:, 0]
+    inside = (torch.minimum(torch.minimum(w0, w1), 1 - w0 - w1) > -1e-5).nonzero()[:, 0]  # (I,)
     t, dx, dy, w0, w1 = (v.index_select(0, inside) for v in (t, dx, dy, w0, w1))
 
     depth = w0 * z[0][t] + w1 * z[1][t] + (1 - w0 - w1) * z[2][t]     # exact: orthographic
@@ -384,7 +389,7 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
     buffer = torch.full((B * size * size,), empty, dtype=torch.int64, device=points.device)
     buffer.scatter_reduce_(0, pixel, bid, "amin")
     face = torch.where(buffer < empty, buffer & (2 ** face_bits - 1), -1)
-    return face.view(B, size, size)
+    return face.view(B, size, size)                                   # (B, size, size)
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
@@ -429,7 +434,7 @@ def render(vertices: Tensor, faces: Tensor, cam: Tensor, size: int, color: Tenso
     normal = (w @ at_corners(vertex_normals(vertices, faces)))[:, 0]  # (P, 3)
     normal = normalize(normal, dim=-1)                                # (P, 3)
     if light is None:                       # over the viewer's left shoulder; y is down
-        light = vertices.new_tensor([[-0.4, -0.5, -0.77]]).expand(B, 3)
+        light = vertices.new_tensor([[-0.4, -0.5, -0.77]]).expand(B, 3)           # (B, 3)
     shade = 0.35 + 0.65 * (normal * light[b]).sum(-1, keepdim=True).clamp(min=0)      # (P, 1)
     if pattern is not None:
         shade = shade * (w @ at_corners(pattern[..., None]))[:, 0]
@@ -456,7 +461,7 @@ def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radiu
                 filled: bool = True) -> Tensor:
     """Discs, or circles if not filled, at keypoints2d (K, 2) in [-1, 1] on image (3, H, W)."""
     size = image.shape[-1]
-    p = torch.arange(size, device=image.device) + 0.5
+    p = torch.arange(size, device=image.device) + 0.5                 # (W,)
     for x, y in ((keypoints2d + 1) * size / 2).tolist():
         distance = ((p[None] - x) ** 2 + (p[:, None] - y) ** 2).sqrt()            # (H, W)
         mask = distance <= radius if filled else (distance - radius).abs() <= 0.8
@@ -469,25 +474,26 @@ def draw_mesh(vertices: Tensor, faces: Tensor, cam: Tensor, size: int,
     """A body in one colour, anti-aliased by 2 x 2 samples a pixel -> (B, 3, size, size)."""
     B = len(vertices)
     if background is None:
-        background = torch.ones(B, 3, size, size, device=vertices.device)
-    big = interpolate(background, (2 * size, 2 * size), mode="bilinear")
+        background = torch.ones(B, 3, size, size, device=vertices.device)         # (B, 3, H, W)
+    big = interpolate(background, (2 * size, 2 * size), mode="bilinear")          # (B, 3, 2H, 2W)
     color = vertices.new_tensor(SKIN).expand(len(faces), 3)
-    return avg_pool2d(render(vertices, faces, cam, 2 * size, color, big), 2)
+    return avg_pool2d(render(vertices, faces, cam, 2 * size, color, big), 2)      # (B, 3, H, W)
 
 
 def side_view(vertices: Tensor) -> Tensor:
     """Turn bodies (B, V, 3) by 90 degrees about the vertical through their middle."""
-    middle = (vertices.amin(1, keepdim=True) + vertices.amax(1, keepdim=True)) / 2
-    x, y, z = (vertices - middle).unbind(-1)
-    return torch.stack([-z, y, x], -1) + middle
+    middle = (vertices.amin(1, keepdim=True) + vertices.amax(1, keepdim=True)) / 2  # (B, 1, 3)
+    x, y, z = (vertices - middle).unbind(-1)                          # (B, V) each
+    return torch.stack([-z, y, x], -1) + middle                       # (B, V, 3)
 
 
 def look_at(image: Tensor, vertices: Tensor, faces: Tensor, cam: Tensor, size: int = 224) -> Tensor:
     """input | overlay | turned 90 degrees, one row a body -> (3, B * size, 3 * size)."""
     image = interpolate(image, (size, size), mode="bilinear")         # (B, 3, size, size)
     overlay = draw_mesh(vertices, faces, cam, size, image)
-    turned = draw_mesh(side_view(vertices), faces, cam, size)
-    return torch.cat([torch.cat(list(part), 1) for part in (image, overlay, turned)], 2)
+    turned = draw_mesh(side_view(vertices), faces, cam, size)         # (B, 3, size, size)
+    return torch.cat([torch.cat(list(part), 1)
+                      for part in (image, overlay, turned)], 2)       # (3, B * size, 3 * size)
 
 
 def render_row(vertices: Tensor, faces: Tensor, joints: Tensor | None = None,
@@ -498,14 +504,15 @@ def render_row(vertices: Tensor, faces: Tensor, joints: Tensor | None = None,
     """
     if center is None:
         center = (vertices.amin(1) + vertices.amax(1)) / 2            # (B, 3)
-    to_camera = vertices.new_tensor([1, -1, -1])                      # Rx(pi)
+    to_camera = vertices.new_tensor([1, -1, -1])                      # (3,) Rx(pi)
     shift = -center[:, :2] * to_camera[:2]                            # (B, 2)
     cam = torch.cat([torch.full_like(shift[:, :1], 2 / height), shift], 1)        # (B, 3)
     drawn = draw_mesh(vertices * to_camera, faces, cam, size)         # (B, 3, size, size)
     if joints is not None:
         points = project(joints * to_camera, cam)                     # (B, 24, 2)
-        drawn = [draw_points(image, p, radius=size / 90) for image, p in zip(drawn, points)]
-    return torch.cat(list(drawn), 2)
+        drawn = [draw_points(image, p, radius=size / 90)
+                 for image, p in zip(drawn, points)]                  # B x (3, size, size)
+    return torch.cat(list(drawn), 2)                                  # (3, size, B * size)
 
 
 def main(argv: list[str] | None = None) -> int:

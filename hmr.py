@@ -58,7 +58,7 @@ class Block(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.residual(x)
+        y = self.residual(x)                                          # (B, C, h, w)
         return F.relu(y if self.downsample is None else y + self.downsample(x))
 
 
@@ -76,7 +76,7 @@ class BasicBlock(Block):
 
     def residual(self, x: Tensor) -> Tensor:
         """F(x): (B, C, H, W) -> (B, width, H/stride, W/stride); no ReLU at its end."""
-        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))  # (B, width, h, w)
 
 
 class Bottleneck(Block):
@@ -97,9 +97,9 @@ class Bottleneck(Block):
 
     def residual(self, x: Tensor) -> Tensor:
         """F(x): (B, C, H, W) -> (B, 4 * width, H/stride, W/stride); no ReLU at its end."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))
+        x = F.relu(self.bn1(self.conv1(x)))                           # (B, width, H, W)
+        x = F.relu(self.bn2(self.conv2(x)))                           # (B, width, h, w): strided
+        return self.bn3(self.conv3(x))                                # (B, 4 * width, h, w)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -143,9 +143,9 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))                           # (B, width, H/2, W/2)
         x = F.max_pool2d(x, 3, 2, padding=1)                          # (B, width, H/4, W/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))     # (B, C, H/32, W/32)
-        # global average pool -> (B, C); summed in float32 even when the convolutions ran in bf16
-        x = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-        return x if self.fc is None else self.fc(x)
+        # global average pool; summed in float32 even when the convolutions ran in bf16
+        x = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))     # (B, C)
+        return x if self.fc is None else self.fc(x)                   # (B, C or num_classes)
 
 
 # --------------------------------------------------------------------------------------------
@@ -161,13 +161,13 @@ CAM, POSE, BETAS = slice(0, 3), slice(3, -10), slice(-10, None)
 
 def split_theta(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Theta (B, 85) -> cam (B, 3) = s, tx, ty; pose (B, 72); betas (B, 10)."""
-    return theta[:, CAM], theta[:, POSE], theta[:, BETAS]
+    return theta[:, CAM], theta[:, POSE], theta[:, BETAS]          # (B, 3), (B, 72 or 144), (B, 10)
 
 
 def pose_to_rotmats(pose: Tensor) -> Tensor:
     """pose (B, 72) axis-angle or (B, 144) 6D -> rotation matrices (B, 24, 3, 3)."""
     pose = pose.unflatten(-1, (24, -1))                               # (B, 24, 3 or 6)
-    return batch_rodrigues(pose) if pose.shape[-1] == 3 else rot6d_to_rotmat(pose)
+    return batch_rodrigues(pose) if pose.shape[-1] == 3 else rot6d_to_rotmat(pose)  # (B, 24, 3, 3)
 
 
 def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
@@ -178,12 +178,12 @@ def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
     numbers of the root are set, as in the official code, which takes pose and shape from a file
     of mean parameters; here the pose is the body file's `mean_pose` and the shape is 0.
     """
-    pose = mean_pose.detach().cpu().clone().view(24, 3)
+    pose = mean_pose.detach().cpu().clone().view(24, 3)               # (24, 3)
     pose[0] = torch.tensor([math.pi, 0, 0])
     if rotation == "6d":
         pose = batch_rodrigues(pose)[..., :2]       # (24, 3, 2), flattened: SPIN's interleaved 6D
-    cam = torch.tensor([0.9, 0.0, 0.0])
-    return torch.cat([cam, pose.flatten(), torch.zeros(10)])[None]            # (1, 85)
+    cam = torch.tensor([0.9, 0.0, 0.0])                               # (3,)
+    return torch.cat([cam, pose.flatten(), torch.zeros(10)])[None]    # (1, 85 or 157)
 
 
 class Regressor(nn.Module):
@@ -267,7 +267,7 @@ class HMR(nn.Module):
             raise ValueError(f'rotation must be "axis-angle" or "6d", got {rotation!r}')
         self.smpl, self.amp = smpl, amp
         self.encoder = ResNet(depth, width, plain)
-        theta_bar = mean_theta(smpl.mean_pose, rotation)
+        theta_bar = mean_theta(smpl.mean_pose, rotation)              # (1, 85)
         self.regressor = Regressor(self.encoder.feature_dim, theta_bar, iterations, dropout)
         # ImageNet statistics, for torchvision's weights; the official code scales to [-1, 1].
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -289,7 +289,7 @@ class HMR(nn.Module):
     @without_autocast
     def decode(self, theta: Tensor, vertices: bool = False) -> HMROutput:
         """Theta (B, 85) -> HMROutput: rotation matrices, the body, its projection."""
-        cam, pose, betas = split_theta(theta)
+        cam, pose, betas = split_theta(theta)                      # (B, 3), (B, 72 or 144), (B, 10)
         return self.body(cam, pose_to_rotmats(pose), betas, vertices)
 
     def body(self, cam: Tensor, rotmats: Tensor, betas: Tensor, vertices: bool = True) -> HMROutput:
@@ -373,8 +373,8 @@ class Discriminator(nn.Module):
         super().__init__()
         self.embed1 = nn.Linear(9, 32)               # shared by all joints (Sec. 3.4: "common")
         self.embed2 = nn.Linear(32, 32)
-        self.joint_weight = nn.Parameter(torch.empty(23, 32))        # 23 separate FC 32 -> 1
-        self.joint_bias = nn.Parameter(torch.zeros(23))
+        self.joint_weight = nn.Parameter(torch.empty(23, 32))         # (23, 32), FC 32 to 1 each
+        self.joint_bias = nn.Parameter(torch.zeros(23))               # (23,)
         self.all1 = nn.Linear(23 * 32, 1024)
         self.all2 = nn.Linear(1024, 1024)
         self.all3 = nn.Linear(1024, 1)
@@ -396,7 +396,7 @@ class Discriminator(nn.Module):
         x = F.relu(self.embed2(x))                                    # (N, 23, 32)
         per_joint = (x * self.joint_weight).sum(-1) + self.joint_bias             # (N, 23)
         # Sec. 3.3 and the slides give this one R^{9K}; Sec. 3.4 and the code, the embedding.
-        y = F.relu(self.all1(x.flatten(1)))                           # (N, 736) -> (N, 1024)
+        y = F.relu(self.all1(x.flatten(1)))                           # (N, 1024)
         y = self.all3(F.relu(self.all2(y)))                           # (N, 1)
         z = F.relu(self.shape1(betas))                                # (N, 10)
         z = self.shape3(F.relu(self.shape2(z)))                       # (N, 1)
@@ -405,7 +405,7 @@ class Discriminator(nn.Module):
 
 def sum_heads(error: Tensor) -> Tensor:
     """sum_i E[..]: sum over the 25 discriminators, mean over the N bodies: (N, 25) -> ()."""
-    return error.sum(1).mean()
+    return error.sum(1).mean()                                        # ()
 
 
 def encoder_adversarial_loss(fake: Tensor) -> Tensor:

@@ -81,10 +81,10 @@ def batch_rodrigues(pose: Tensor) -> Tensor:
     # 1 - cos a = 2 sin^2(a/2): no cancellation for small angles in float32
     versine_over_a2 = torch.where(small, 0.5 - a2 / 24 * (1 - a2 / 30 * (1 - a2 / 56)),
                                   2 * (a / 2).sin().square() / safe)
-    x, y, z = pose.unbind(-1)
+    x, y, z = pose.unbind(-1)                                         # (...) each
     o = torch.zeros_like(x)
     K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))   # (..., 3, 3)
-    eye = torch.eye(3, dtype=pose.dtype, device=pose.device)
+    eye = torch.eye(3, dtype=pose.dtype, device=pose.device)          # (3, 3)
     return eye + sin_over_a * K + versine_over_a2 * (K @ K)           # (..., 3, 3)
 
 
@@ -100,7 +100,7 @@ def rot6d_to_rotmat(x: Tensor) -> Tensor:
     b1 = nn.functional.normalize(a1, dim=-1)
     b2 = nn.functional.normalize(a2 - (b1 * a2).sum(-1, keepdim=True) * b1, dim=-1)
     b3 = torch.linalg.cross(b1, b2, dim=-1)
-    return torch.stack([b1, b2, b3], -1)                              # columns
+    return torch.stack([b1, b2, b3], -1)                              # (..., 3, 3) columns
 
 
 # --------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
         bones += levels[-1].unbind(1)                                 # n x (B, 4, 4)
     A = torch.cat(levels, 1)                                          # (B, 24, 4, 4)
     posed = A @ nn.functional.pad(joints, (0, 1), value=1.0)[..., None]           # (B, 24, 4, 1)
-    return posed[:, :, :3, 0], A
+    return posed[:, :, :3, 0], A                                      # (B, 24, 3), (B, 24, 4, 4)
 
 
 def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, posedirs: Tensor,
@@ -174,14 +174,15 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     #    knees), linear in the elements of R - I.  "- I" makes the rest pose need no correction.
     #    The root is left out because turning the whole body bends nothing: with it there would be
     #    216 features, not the file's 207, and Theta-bar's Rx(pi) would dent an upright body.
-    eye = torch.eye(3, dtype=rotmats.dtype, device=rotmats.device)
+    eye = torch.eye(3, dtype=rotmats.dtype, device=rotmats.device)    # (3, 3)
     pose_feature = (rotmats[:, 1:] - eye).flatten(1)                  # (B, 207)
     v_posed = v_shaped + blend_shapes(pose_feature, posedirs)         # (B, V, 3)
     # 4. Kinematic chain.
     joints, A = batch_rigid_transform(rotmats, J, parents)            # (B, 24, 3), (B, 24, 4, 4)
     # 5. Skinning: each vertex follows a weighted mean T of the bones' motions, v' = T [v; 1].  T is
     #    made column by column, coordinates first: (B, V, 4, 4) would take most of the time.
-    T_x, T_y, T_z, T_1 = (column.movedim(2, 0) @ weights.T for column in A[:, :, :3].unbind(3))
+    T_x, T_y, T_z, T_1 = (column.movedim(2, 0) @ weights.T
+                          for column in A[:, :, :3].unbind(3))        # (3, B, V) each
     v_x, v_y, v_z = v_posed.unbind(2)                                 # (B, V) each
     skinned = T_x * v_x + T_y * v_y + T_z * v_z + T_1                 # (3, B, V), as T_x to T_1
     return torch.stack(skinned.unbind(0), 2), joints                  # (B, V, 3), (B, 24, 3)
@@ -242,8 +243,8 @@ class SMPL(nn.Module):
 
     def _constant(self, name: str, value: np.ndarray) -> None:
         value = torch.tensor(value, dtype=torch.float32)
-        if value.ndim == 3:     # (V, 3, C): one direction after the other lies quicker in memory
-            value = value.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        if value.ndim == 3:     # one direction after the other lies quicker in memory
+            value = value.permute(2, 0, 1).contiguous().permute(1, 2, 0)          # (V, 3, C)
         self.register_buffer(name, value, persistent=False)
 
     @without_autocast

@@ -142,11 +142,11 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
     the adversary.  Under torchrun E and D are wrapped so that `backward` averages their gradients
     over the processes; each loss's denominator is its own process's, as everywhere in the field.
     """
-    thetas, pred = E(batch.image)    # T x (B, 85), or (B, 157) with 6D rotations; decoded Theta_T
+    thetas, pred = E(batch.image)    # T x (B, 85 or 157), the latter with 6D; decoded Theta_T
     # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
     _, pose, betas = split_theta(torch.cat(thetas))         # (N, 72 or 144), (N, 10); N = B * T
     rotmats = pose_to_rotmats(pose)[:, 1:]                            # (N, 23, 3, 3) without root
-    D_real = D_fake = loss_D = L_adv = betas.new_zeros(())            # they stay 0 without adv
+    D_real = D_fake = loss_D = L_adv = betas.new_zeros(())            # () each; 0 without adv
     # D's products are a third of a step: in the encoder's precision, its outputs in float32
     low = (torch.autocast(betas.device.type, torch.bfloat16) if config.amp == "bf16" else
            contextlib.nullcontext())
@@ -156,7 +156,7 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
         with low:
             real = D(*motion)                                         # (N, 25)
             fake = D(rotmats.detach(), betas.detach())                # (N, 25) nothing reaches E
-        loss_D, D_real, D_fake = discriminator_loss(real, fake), real.mean(), fake.mean()
+        loss_D, D_real, D_fake = discriminator_loss(real, fake), real.mean(), fake.mean()  # ()
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
@@ -164,9 +164,9 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
     # ---- (2) update E:  min_E  lambda (L_reproj + 1 L_3D) + L_adv                      Eq. (1) --
     # The paper's one lambda is three weights here; its indicator "1", whether an image has 3D
     # labels, is each loss's mask: visible, has_3d, has_smpl.
-    L_kp = keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)
-    L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)
-    L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas, batch.has_smpl)
+    L_kp = keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)      # ()
+    L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)   # ()
+    L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas, batch.has_smpl)  # ()
     if config.adv:                    # D judges, having learnt first (official code: both at once)
         D.requires_grad_(False)       # L_adv moves E only: spare D's gradients
         with low:
@@ -359,7 +359,7 @@ def mean_camera(config: Config, smpl: SMPL) -> Tensor:
     world = SyntheticPeople(copy.deepcopy(smpl).cpu(), frames, 512, 2, seed=EVALUATION_SEED,
                             crop=config.crop)     # 2 pixels: only cameras are wanted
     cam = torch.cat([world.batch(step).cam for step in range(4)])     # (2048, 3)
-    return cam.mean(0, keepdim=True).to(smpl.v_template.device)
+    return cam.mean(0, keepdim=True).to(smpl.v_template.device)       # (1, 3)
 
 
 @torch.no_grad()
@@ -612,7 +612,7 @@ class Log:
 
     def add(self, step: int, losses: Losses, pressed: bool) -> bool:
         """pressed: Ctrl-C on this rank -> stop now?  Ranks agree on it at a line: they meet."""
-        self.values.append(torch.stack([v.detach() for v in losses]))    # stays on the device
+        self.values.append(torch.stack([v.detach() for v in losses]))  # (9,) stays on the device
         (rank, ranks), last = rank_and_ranks(), step + 1 == self.config.steps
         if (step + 1) % self.config.log_every and not last:
             return pressed and ranks == 1
@@ -641,7 +641,7 @@ def overlays(model: HMR, batch: Batch) -> Tensor:
     """input | overlay | turned 90 degrees of a few held-out pictures -> (3, B * 224, 3 * 224)."""
     pred = model.decode(model.eval()(batch.image)[0][-1], vertices=True)
     model.train()                                                     # where it was called from
-    return look_at(batch.image, pred.vertices, model.smpl.faces, pred.cam)
+    return look_at(batch.image, pred.vertices, model.smpl.faces, pred.cam)  # (3, B * 224, 3 * 224)
 
 
 def finish(model: HMR, D: nn.Module, shown: Batch, log: Log) -> dict:
