@@ -37,7 +37,7 @@ from torchvision.transforms.v2 import functional as vision
 from data import CROPS, Batch, SyntheticPeople, load_mocap
 from hmr import LEFT_HIP, LSP, RIGHT_HIP, HMR
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, SMPL, batch_rodrigues,
-                  exit_status, say)
+                  exit_status, printable, say)
 from train import Config, compute_similarity_transform, summarize
 
 # --------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def people(name: str, folder: Path, image: list | np.ndarray, keypoints: np.ndar
 
 
 def reasons(found: People) -> str:
-    return ", ".join(f"{n:,} {why}" for why, n in found.skipped.items() if n) or "nothing left out"
+    return ", ".join(f"{n:,} {why}" for why, n in found.skipped.items() if n) or "nobody left out"
 
 
 # A person's keypoints have a diagonal of 1.12 times their longer side, and a box of 1.2 times it
@@ -360,16 +360,15 @@ def coco_row(row: dict) -> tuple[np.ndarray, list[float]]:
     try:
         k = np.array(row["keypoints"], np.float32).reshape(17, 3)
         x, y, w, h = (float(v) for v in row["bbox"])
+        mask = w, h
+        if isinstance(row.get("segmentation"), list):                 # only crowds' are no polygons
+            corners = np.concatenate([np.array(p, float) for p in row["segmentation"]])
+            mask = np.ptp(corners.reshape(-1, 2), axis=0)             # (2,) the mask's extent
     except (ValueError, TypeError):
         raise ValueError("broken row") from None
-    # the mask's extent; crowds alone have masks that are not polygons
-    outline, (mask_w, mask_h) = row.get("segmentation"), (w, h)
-    if isinstance(outline, list) and outline:
-        corners = np.concatenate([np.array(polygon, float).reshape(-1, 2) for polygon in outline])
-        mask_w, mask_h = corners.max(0) - corners.min(0)
     if (k[:, 2] == 2).sum() < 6:
         raise ValueError("fewer than 6 visible keypoints")
-    if not max(mask_w, mask_h) > 60:
+    if not max(mask) > 60:
         raise ValueError("60 pixels or smaller")
     if not (k[7:, 2] > 0).any():                                      # after face and shoulders
         raise ValueError("face and shoulders only")
@@ -434,7 +433,7 @@ def read_amass(folder: Path) -> tuple[Tensor, Tensor]:
                 raise ValueError(f"--mocap {folder}: {len(broken)} of {len(files)} files are "
                                  f"unusable, the first: {broken[0]}") from None
     for why in broken:
-        say(f"left out: {why}")
+        say(printable(f"left out: {why}"))
     say(f"--mocap {folder}: {len(clips):,} clips, {sum(len(pose) for pose, _ in clips):,} frames "
         f"at 10 a second; betas of gendered bodies")
     return tuple(torch.from_numpy(np.concatenate(parts)) for parts in zip(*clips))
@@ -580,7 +579,7 @@ class Stream:
             seen, found = self.broken[k], self.pictures.sets[k]
             if row not in seen:
                 seen.add(row)
-                say(f"{found.name}: left out, {what}")
+                say(printable(f"{found.name}: left out, {what}"))
             if len(seen) > 0.01 * len(found.image):
                 raise ValueError(f"{found.name}: the pictures of {len(seen)} of its "
                                  f"{len(found.image):,} people cannot be read, more than 1 %, the "
@@ -691,8 +690,8 @@ def print_people(sets: list[People], share: np.ndarray) -> None:
         f"  left out")
     for found, part in zip(sets, share):
         with_3d = 0 if found.S is None else int((found.S[..., 3] > 0).any(1).sum())
-        say(f"{found.name:42s}{len(found.image):9,}{with_3d:9,}{int(found.has_smpl.sum()):10,}"
-            f"{part:11.0%}  {reasons(found)}")
+        say(printable(f"{found.name:42s}{len(found.image):9,}{with_3d:9,}"
+                      f"{int(found.has_smpl.sum()):10,}{part:11.0%}  {reasons(found)}"))
 
 
 # --------------------------------------------------------------------------------------------
@@ -845,7 +844,7 @@ def evaluate(model: HMR, config: Config) -> list[dict]:
     regressor = None if regressor is None else regressor.to(smpl.v_template.device)
     for text in config.data:
         found = read_people(text)
-        say(f"{found.name}: {len(found.image):,} people, left out: {reasons(found)}")
+        say(printable(f"{found.name}: {len(found.image):,} people, {reasons(found)}"))
         results.append(measure(model, config, found, regressor))
         print_measures(results[-1])
     return results
