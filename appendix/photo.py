@@ -415,7 +415,7 @@ def network(args: argparse.Namespace) -> tuple[HMR, Discriminator | None, int, s
         if args.fit and (D is None or not config.adv):
             raise ValueError(f"--checkpoint {args.checkpoint}: holds no trained discriminators; "
                              f"leave it out, and --fit trains some")
-        if not args.fit and not hasattr(model, "crop"):
+        if not args.fit and not (hasattr(model, "crop") or config.data):
             print("a network trained on drawn people is not expected to work on photographs")
         return model, D, config.size, config.crop
     if not args.fit:
