@@ -98,6 +98,8 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
                              f"{', '.join(variants)}")
     for name in sorted(set(given) & set().union(*variants.values())):
         raise ValueError(f"{flag(name)}: the variants differ in it; leave it out")
+    if "data" in given:
+        raise ValueError("--data: the variants are compared on drawn people; leave it out")
     if not 1 <= args.seeds <= 1000:
         raise ValueError(f"--seeds: expected 1 to 1000, got {args.seeds}")
     if not paper and given.get("adv"):
@@ -151,6 +153,7 @@ def require_same_settings(config: Config) -> None:
         return
     for f in dataclasses.fields(Config):
         now, then = getattr(config, f.name), stored.get(f.name, f.default)
+        then = tuple(then) if isinstance(then, list) else then        # JSON has no tuples
         free = ("device", "out", "log_every", "picture_every", "save_every")
         if now != then and f.name not in free:
             raise ValueError(f"--out {folder.parent}: {folder.name} was trained with "

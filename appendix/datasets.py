@@ -804,6 +804,8 @@ def measure(model: HMR, config: Config, found: People, regressor: Tensor | None)
     errors, skins = [], []                                            # per batch, T of each
     for n in range(math.ceil(len(found.image) / pictures.batch)):
         batch, rows = stream(n)
+        if n % 200 == 199:
+            say(f"{(n + 1) * pictures.batch:,} of {len(found.image):,} people")
         if batch is None:
             continue
         points, known, skin, with_skin = truth(batch, rows)

@@ -395,6 +395,7 @@ def test_the_ablation_goes_on_after_an_interruption(tmp_path, monkeypatch, capsy
     for flags, sentence in ((["--steps", "3"], "--steps 2, now it is 3"),
                             (["--lr-d", "0.5"], "--lr-d"), (["--variants", "adv,all"], "'all'"),
                             (["--no-adv"], "--adv"), (["--seeds", "0"], "--seeds"),
+                            (["--data", "lsp:x"], "--data"),
                             (["--variants", ""], "none of the variants")):
         assert ablate.main([*command, *flags]) == 2, flags
         error = capsys.readouterr().err
