@@ -1196,7 +1196,7 @@ def test_everything_runs_where_its_inputs_are():
     thetas, out = model(torch.zeros(2, 3, 64, 64, device="meta"))
     visible, has = out.keypoints2d[..., 0], out.betas[:, 0]
     losses = (hmr.keypoint_loss(out.keypoints2d, out.keypoints2d, visible)
-              + hmr.joints3d_loss(out.keypoints3d, out.keypoints3d, has)
+              + hmr.joints3d_loss(out.keypoints3d, out.keypoints3d, visible)
               + hmr.smpl_loss(out.rotmats, out.betas, out.rotmats, out.betas, has)
               + hmr.encoder_adversarial_loss(D(out.rotmats[:, 1:], out.betas)))
     assert losses.device.type == "meta" and body(out.betas, pose).vertices.device.type == "meta"
