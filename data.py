@@ -72,6 +72,7 @@ def load_mocap(upright: bool, held_out: bool, validate: str = "") -> Tensor:
     return torch.cat(list(load_clips(upright, held_out, validate).values()))      # (M, 24, 3)
 
 
+# Task 15: mirror_pose
 def mirror_pose(pose: Tensor) -> Tensor:
     """The pose seen in a mirror: (..., 24, 3) -> same.  Swap sides; X R(r) X = R(r * (1, -1, -1)).
 
@@ -79,6 +80,7 @@ def mirror_pose(pose: Tensor) -> Tensor:
     alone; its sign table flips it).
     """
     return pose[..., FLIP_JOINTS, :] * pose.new_tensor([1, -1, -1])   # (..., 24, 3)
+# end of task
 
 
 # --------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ RESNETS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 
            101: (True, (3, 4, 23, 3)), 152: (True, (3, 8, 36, 3))}
 
 
+# Task 5: the residual block and its shortcut
 class Block(nn.Module):
     """slides: y = F(x, {W_i}) + x.  Then the ReLU: it comes AFTER the addition in ResNet v1.
 
@@ -107,6 +108,7 @@ def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+# end of task
 
 
 class ResNet(nn.Module):
@@ -125,6 +127,7 @@ class ResNet(nn.Module):
         block = Bottleneck if bottleneck else BasicBlock
         self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        # Task 6: ResNet's stages
         channels = width
         for stage, count in enumerate(blocks):       # slides: conv2_x .. conv5_x = layer1 .. layer4
             outputs, units = width * 2 ** stage, []
@@ -133,6 +136,7 @@ class ResNet(nn.Module):
                 units.append(block(channels, outputs, stride, plain))
                 channels = outputs * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*units))
+        # end of task
         self.feature_dim = channels
         self.fc = None if num_classes is None else nn.Linear(channels, num_classes)
         for module in self.modules():
@@ -170,6 +174,7 @@ def pose_to_rotmats(pose: Tensor) -> Tensor:
     return batch_rodrigues(pose) if pose.shape[-1] == 3 else rot6d_to_rotmat(pose)  # (B, 24, 3, 3)
 
 
+# Task 7: mean_theta
 def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
     """Theta-bar, where IEF starts: scale 0.9, a mean pose, upright, average shape -> (1, 85).
 
@@ -184,6 +189,7 @@ def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
         pose = batch_rodrigues(pose)[..., :2]       # (24, 3, 2), flattened: SPIN's interleaved 6D
     cam = torch.tensor([0.9, 0.0, 0.0])                               # (3,)
     return torch.cat([cam, pose.flatten(), torch.zeros(10)])[None]    # (1, 85 or 157)
+# end of task
 
 
 class Regressor(nn.Module):
@@ -213,6 +219,7 @@ class Regressor(nn.Module):
         self.register_buffer("theta_bar", theta_bar)                  # (1, 85)
 
     @without_autocast
+    # Task 8: IEF's loop
     def forward(self, feature: Tensor) -> list[Tensor]:
         theta = self.theta_bar.expand(len(feature), -1)               # (B, 85) Theta_0
         thetas = []
@@ -223,11 +230,13 @@ class Regressor(nn.Module):
             theta = theta + self.fc3(x)        # no detach: gradients run through all T iterations
             thetas.append(theta)
         return thetas
+    # end of task
 
 
 # --------------------------------------------------------------------------------------------
 # 3. The camera (Sec. 3.1, Eq. (2))
 
+# Task 9: project
 def project(points: Tensor, cam: Tensor) -> Tensor:
     """Weak perspective: points (B, P, 3) in metres, cam (B, 3) = s, tx, ty -> (B, P, 2) in [-1, 1].
 
@@ -236,6 +245,7 @@ def project(points: Tensor, cam: Tensor) -> Tensor:
     """
     s, t = cam[:, None, :1], cam[:, None, 1:]                         # (B, 1, 1), (B, 1, 2)
     return s * (points[..., :2] + t)                                  # Eq. (2)
+# end of task
 
 
 # --------------------------------------------------------------------------------------------
@@ -307,6 +317,7 @@ class HMR(nn.Module):
 RIGHT_HIP, LEFT_HIP, LSP = 2, 3, 14          # among the 19 keypoints; LSP's are the first 14
 
 
+# Task 10: keypoint_loss and masked_mean
 def masked_mean(difference: Tensor, mask: Tensor, penalty: Callable) -> Tensor:
     """Mean penalty of the differences whose mask is not 0 (as TensorFlow counts); 0 if none is.
 
@@ -324,8 +335,10 @@ def keypoint_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
     over the visible coordinates of the whole BATCH: 2 * sum(v) of them, not per image.
     """
     return masked_mean(target - pred, visible[..., None], torch.abs)        # Eq. (3)
+# end of task
 
 
+# Task 11: joints3d_loss
 def center_hips(keypoints3d: Tensor) -> Tensor:
     """Put the midpoint of the two hips at the origin: (B, 14+, 3) -> same.  Not SMPL's pelvis."""
     # neighbours, so a slice: a list would be copied to a GPU, which waits for it
@@ -342,8 +355,10 @@ def joints3d_loss(pred: Tensor, target: Tensor, has_3d: Tensor) -> Tensor:
     has_hips = has_3d[:, RIGHT_HIP:LEFT_HIP + 1].amin(1, keepdim=True)            # (B, 1)
     has_3d = (has_3d[:, :LSP] * has_hips)[..., None]                  # (B, 14, 1)
     return 0.5 * masked_mean(error, has_3d, torch.square)             # Eq. (5)
+# end of task
 
 
+# Task 12: smpl_loss
 def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_betas: Tensor,
               has_smpl: Tensor) -> Tensor:
     """L_smpl = ||[beta, theta] - [betahat, thetahat]||^2: (B, 24, 3, 3), (B, 10), twice -> ().
@@ -355,6 +370,7 @@ def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_bet
     pred = torch.cat([rotmats.flatten(1), betas], 1)                  # (B, 226)
     target = torch.cat([target_rotmats.flatten(1), target_betas], 1)  # (B, 226)
     return 0.5 * masked_mean(pred - target, has_smpl[:, None], torch.square)     # Eq. (6)
+# end of task
 
 
 # --------------------------------------------------------------------------------------------
@@ -387,6 +403,7 @@ class Discriminator(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.uniform_(self.joint_weight, -math.sqrt(6 / 33), math.sqrt(6 / 33))    # Xavier, 32+1
 
+    # Task 13: the discriminators' heads
     def forward(self, rotmats: Tensor, betas: Tensor) -> Tensor:
         if rotmats.ndim != 4 or rotmats.shape[1:] != (23, 3, 3) or betas.shape[1:] != (10,):
             raise ValueError(f"expected rotmats (N, 23, 3, 3), the root left out, and betas (N, 10)"
@@ -401,8 +418,10 @@ class Discriminator(nn.Module):
         z = F.relu(self.shape1(betas))                                # (N, 10)
         z = self.shape3(F.relu(self.shape2(z)))                       # (N, 1)
         return torch.cat([per_joint, y, z], 1)                        # (N, 25)
+    # end of task
 
 
+# Task 14: the adversarial losses
 def sum_heads(error: Tensor) -> Tensor:
     """sum_i E[..]: sum over the 25 discriminators, mean over the N bodies: (N, 25) -> ()."""
     return error.sum(1).mean()                                        # ()
@@ -425,6 +444,7 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     `fake` must come from DETACHED predictions: D's step must not move the encoder.
     """
     return sum_heads((real - 1).square()) + sum_heads(fake.square())  # Eq. (8)
+# end of task
 
 
 # ============================================================================================

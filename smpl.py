@@ -62,6 +62,7 @@ OPEN_BODY = Path(__file__).resolve().parent / "assets" / "body.npz"
 # --------------------------------------------------------------------------------------------
 # Rotations
 
+# Task 1: batch_rodrigues
 def batch_rodrigues(pose: Tensor) -> Tensor:
     """Axis-angle to rotation matrix, exact in value and gradient everywhere, zero included.
 
@@ -86,6 +87,7 @@ def batch_rodrigues(pose: Tensor) -> Tensor:
     K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))   # (..., 3, 3)
     eye = torch.eye(3, dtype=pose.dtype, device=pose.device)          # (3, 3)
     return eye + sin_over_a * K + versine_over_a2 * (K @ K)           # (..., 3, 3)
+# end of task
 
 
 def rot6d_to_rotmat(x: Tensor) -> Tensor:
@@ -106,6 +108,7 @@ def rot6d_to_rotmat(x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------
 # The body
 
+# Task 2: blend_shapes
 def blend_shapes(coefficients: Tensor, directions: Tensor) -> Tensor:
     """Offsets that are linear in some coefficients: (B, C), (V, 3, C) -> (B, V, 3).
 
@@ -114,6 +117,7 @@ def blend_shapes(coefficients: Tensor, directions: Tensor) -> Tensor:
     V = directions.shape[0]
     offsets = coefficients @ directions.flatten(0, 1).T               # (B, V*3)
     return offsets.unflatten(-1, (V, 3))                              # (B, V, 3)
+# end of task
 
 
 def tree_levels(parents: tuple[int, ...] | Tensor) -> list[int]:
@@ -129,6 +133,7 @@ def tree_levels(parents: tuple[int, ...] | Tensor) -> list[int]:
     return [end - start for start, end in zip(first, [*first[1:], len(parents)])]
 
 
+# Task 3: batch_rigid_transform
 def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
                           parents: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
     """Forward kinematics: pose the skeleton, each joint in its parent's frame.
@@ -153,8 +158,10 @@ def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
     A = torch.cat(levels, 1)                                          # (B, 24, 4, 4)
     posed = A @ nn.functional.pad(joints, (0, 1), value=1.0)[..., None]           # (B, 24, 4, 1)
     return posed[:, :, :3, 0], A                                      # (B, 24, 3), (B, 24, 4, 4)
+# end of task
 
 
+# Task 4: lbs
 def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, posedirs: Tensor,
         J_regressor: Tensor, parents: tuple[int, ...] | Tensor,
         weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +193,7 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     v_x, v_y, v_z = v_posed.unbind(2)                                 # (B, V) each
     skinned = T_x * v_x + T_y * v_y + T_z * v_z + T_1                 # (3, B, V), as T_x to T_1
     return torch.stack(skinned.unbind(0), 2), joints                  # (B, V, 3), (B, 24, 3)
+# end of task
 
 
 # --------------------------------------------------------------------------------------------

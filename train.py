@@ -134,6 +134,7 @@ class Losses(NamedTuple):
     abs_beta: Tensor          # mean |beta| over predictions
 
 
+# Task 16: train_step
 def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.optim.Optimizer,
                batch: Batch, motion: tuple[Tensor, Tensor] | None, config: Config) -> Losses:
     """One step of both players: E, the encoder with its regressor, and D, the 25 discriminators.
@@ -179,6 +180,7 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
     loss_E.backward()
     opt_E.step()
     return Losses(loss_E, L_kp, L_joints, L_smpl, L_adv, loss_D, D_real, D_fake, betas.abs().mean())
+# end of task
 
 
 def lr_factor(step: int, config: Config) -> float:
@@ -265,6 +267,7 @@ def train(config: Config, checkpoint: dict | None = None, D: nn.Module | None = 
 # --------------------------------------------------------------------------------------------
 # 3. The measures (Sec. 4.1): of 14 LSP keypoints; 2D of all 19, PVE of the skin
 
+# Task 17: compute_similarity_transform
 def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     """Procrustes: source (B, P, 3) moved onto target (B, P, 3) by a scale, rotation and shift.
 
@@ -280,6 +283,7 @@ def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     R = U @ (sign[..., None] * Vh)                                    # (B, 3, 3)
     scale = (S * sign).sum(1) / s.square().sum((1, 2)).clamp(min=1e-12)           # (B,)
     return scale[:, None, None] * s @ R.mT + mu_t                     # (B, P, 3)
+# end of task
 
 
 def pose_errors(pred: HMROutput, true: HMROutput) -> dict[str, Tensor]:
