@@ -435,7 +435,11 @@ def settle(config: Config) -> Config:
 
 def real_data():
     """The one chapter's need of the appendix, and only with --data."""
-    from appendix import datasets
+    try:
+        from appendix import datasets
+    except ModuleNotFoundError:                 # a student's folder
+        raise ValueError("--data: needs the folder appendix/ beside train.py; get the whole project"
+                         ) from None
     return datasets
 
 
@@ -576,8 +580,11 @@ def load(path: str | os.PathLike, smpl: str | os.PathLike | None = None,
     """
     try:
         checkpoint = load_checkpoint(Path(path), os.fspath(smpl or ""))
-    except ValueError:
-        from appendix.spin import load_spin, read_spin                # for these weights alone
+    except ValueError as error:
+        try:
+            from appendix.spin import load_spin, read_spin            # for these weights alone
+        except ModuleNotFoundError:             # a student's folder
+            raise error from None
         if read_spin(path) is None:
             raise
         config = settle(Config(rotation="6d", adv=False, amp="off", device=device, smpl=os.fspath(
