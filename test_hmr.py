@@ -21,6 +21,7 @@ import torchvision
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
 import hmr
@@ -524,6 +525,8 @@ def test_theta_bar_is_upright_average_and_fixed(body):
     assert (theta[0, 75:] == 0).all(), "average shape"
     close(hmr.mean_theta(torch.ones(72))[0, 3:9], torch.tensor([math.pi, 0, 0, 1, 1, 1]), 1e-6,
           "all three numbers of the root are set, whatever the mean pose holds")
+    mean = torch.ones(72)
+    assert hmr.mean_theta(mean) is not None and (mean == 1).all(), "the caller's mean pose changed"
     out = model.decode(theta)
     kp = dict(zip(KEYPOINT_NAMES, out.keypoints2d[0]))
     assert kp["head_top"][1] < kp["left_ankle"][1], "upside down: y of the camera points DOWN"
@@ -604,6 +607,9 @@ def test_reprojection_loss():
                 count += 2
     close(hmr.keypoint_loss(pred, target, v), total / count, 1e-12,
           "L1 (not squared), mean over the visible coordinates of the whole batch (not per image)")
+    half = v * (0.5 + 0.5 * (torch.arange(19) % 2))
+    close(hmr.keypoint_loss(pred, target, half), total / count, 1e-12,
+          "v is a mask: 0.5 counts as 1, as in TensorFlow, and weighs nothing")
     one = torch.zeros(1, 19)
     one[0, 4] = 1
     shifted = torch.zeros(1, 19, 2)
@@ -1088,7 +1094,7 @@ def test_evaluation_is_in_eval_mode_and_float32_and_training_goes_on_as_before(b
 def test_the_loop_gives_every_loss_and_optimiser_its_own(monkeypatch, tmp_path):
     """Two real steps of the loop, watched; all weights differ, and one body lacks SMPL labels."""
     losses = ("keypoint_loss", "joints3d_loss", "smpl_loss", "encoder_adversarial_loss")
-    seen = {name: [] for name in ("HMR", "D", "adam", "log", "graded", *losses)}
+    seen = {name: [] for name in ("HMR", "D", "adam", "log", "graded", "stepped", *losses)}
     for name in losses:
         def spy(*args, name=name, original=getattr(train, name)):
             seen[name].append((args, original(*args)))
@@ -1118,13 +1124,17 @@ def test_the_loop_gives_every_loss_and_optimiser_its_own(monkeypatch, tmp_path):
                         seen["adam"].append(adam(*a, **k)) or seen["adam"][-1])
     monkeypatch.setattr(adam, "zero_grad", lambda o, *a, **k:
                         seen["graded"].append(seen["adam"].index(o)) or zero_grad(o, *a, **k))
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, *_: seen["stepped"].append(seen["adam"].index(optimizer)))
     monkeypatch.setattr(train, "finish", lambda *args: {})
     config = tiny(tmp_path / "run", steps=2, weight_kp=2.0, weight_joints=3.0, weight_smpl=5.0,
                   weight_adv=7.0, lr_d=1e-2, schedule="onecycle")
     train.train(config)
+    hook.remove()
 
     assert all(mode for mode, _ in seen["HMR"]), "training needs model.train()"
     assert seen["graded"] == [1, 0] * 2, "each optimiser's zero_grad once a step, D's first"
+    assert seen["stepped"] == [1, 0] * 2, "each optimiser steps once a step, D's first"
     for step, (real, fake, judged) in enumerate([seen["D"][:3], seen["D"][3:]]):
         _, pose, betas = hmr.split_theta(torch.cat(seen["HMR"][step][1]))
         for shown in (fake, judged):
