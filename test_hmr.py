@@ -105,7 +105,7 @@ def test_rodrigues_agrees_with_scipy_and_the_exponential_map(kind):
     expected = torch.from_numpy(Rotation.from_rotvec(r.numpy()).as_matrix())
     close(R, expected, 1e-12, f"{kind}: not scipy's rotation; transposed, or wrong near zero?")
     x, y, z = r.unbind(-1)
-    o = torch.zeros_like(x)
+    o = 0 * x
     K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).view(-1, 3, 3)
     # matrix_exp squares repeatedly, so its own error grows with the angle
     close(R, torch.matrix_exp(K), 1e-10, f"{kind}: R must be exp([r]x)")
@@ -192,6 +192,12 @@ def slow_smpl(betas, rotmats, v_template, shapedirs, posedirs, J_regressor, pare
                       for c in range(3)])
         vertices.append(sum(W[v, j] * (G[j][0] @ (x - J[j]) + G[j][1]) for j in range(24)))
     return torch.tensor(np.array(vertices)), torch.tensor(np.array([G[j][1] for j in range(24)]))
+
+
+def test_blend_shapes_are_a_sum_of_directions():
+    c, directions = torch.randn(2, 7).double(), torch.randn(5, 3, 7).double()
+    close(blend_shapes(c, directions), sum(c[:, n, None, None] * directions[..., n]
+          for n in range(7)), 1e-13, "vertex v moves by the sum of c_n * directions[v, :, n]")
 
 
 @pytest.mark.parametrize("V", [5, 31])
@@ -455,7 +461,7 @@ def test_the_regressor_equals_a_hand_written_loop():
     w = {k: v.detach() for k, v in regressor.named_parameters()}
     theta = regressor.theta_bar.repeat(4, 1)
     for got in regressor(feature):
-        x = torch.cat([feature, theta], 1)
+        x = torch.cat((feature, theta), 1)
         for i in (1, 2):
             x = (x @ w[f"fc{i}.weight"].T + w[f"fc{i}.bias"]).clamp(min=0)
         theta = theta + x @ w["fc3.weight"].T + w["fc3.bias"]

@@ -454,7 +454,7 @@ MISTAKES = (
              "you flatten the matrices column by column; it goes row by row", 13),
         Edit("smpl.py", "offsets = coefficients @ directions.flatten(0, 1).T",
              "offsets = coefficients @ directions.transpose(0, 1).flatten(0, 1).T",
-             "test_lbs_equals_a_slow_loop",
+             "test_blend_shapes_are_a_sum_of_directions",
              "your offsets are ordered coordinate by coordinate; it goes vertex by vertex", 2))),
     Mistake(21, "the pose feature and the joints: 23 rotations, R - I, the shaped rest pose", "", (
         Edit("smpl.py", "pose_feature = (rotmats[:, 1:] - eye).flatten(1)",
