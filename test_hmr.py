@@ -20,7 +20,6 @@ import torch
 import torchvision
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
-from torch.autograd import gradcheck
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
@@ -76,14 +75,23 @@ def golden_body(golden, tmp_path_factory) -> SMPL:
 
 
 def close(got, expected, tolerance: float, message: str) -> None:
-    got, expected = (torch.as_tensor(x).double() if isinstance(x, Tensor) else
+    got, expected = (torch.as_tensor(x).detach().double() if isinstance(x, Tensor) else
                      torch.tensor(x, dtype=torch.float64) for x in (got, expected))
-    error = (got - expected).abs().max().item()
-    assert error <= tolerance, (            # False for NaN, too
-        f"{message} (off by {error:.3g}, allowed {tolerance:.3g}; "
+    off = (got - expected).abs().nan_to_num(math.inf, math.inf)       # NaN is far off
+    worst = np.unravel_index(off.argmax().item(), off.shape)
+    some = ... if off.numel() < 5 else worst                          # four numbers, or the worst
+    wanted, came = (np.round(x.expand_as(off).numpy()[some], 5) for x in (expected, got))
+    assert off.max() <= tolerance, (
+        f"{message} (expected {wanted}, got {came}{f' at {[*map(int, worst)]}' * (some is worst)}, "
+        f"off by {off.max():.3g}, allowed {tolerance:.3g}; "
         f"{'bf16' if train.native_bf16('cpu') else 'float32'} encoder with --amp "
         f"auto, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
         f"torch {torch.__version__})")
+
+
+# autograd against finite differences -> bool: a sentence says more than two matrices
+gradcheck = lambda *args, **how: torch.autograd.gradcheck(*args, raise_exception=False, **how)
+GRADIENT = "not finite differences' gradient: a detach, a change in place, 0/0?"
 
 
 # ============================================================================================
@@ -115,7 +123,7 @@ def test_rodrigues_turns_columns_and_keeps_leading_shapes():
     quarter = batch_rodrigues(torch.tensor([0, 0, math.pi / 2]))
     close(quarter @ torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0]), 1e-6,
           "Rz(90 deg) x must be y: this is R transposed, which breaks skinning silently")
-    assert batch_rodrigues(torch.zeros(2, 5, 24, 3)).shape == (2, 5, 24, 3, 3)
+    assert batch_rodrigues(torch.zeros(2, 5, 24, 3)).shape == (2, 5, 24, 3, 3), "(..., 3, 3)"
     assert (batch_rodrigues(torch.zeros(3)) == torch.eye(3)).all(), "zero must give exactly I"
     with pytest.raises(ValueError, match=r"\(\.\.\., 3\)"):
         batch_rodrigues(torch.zeros(2, 72))
@@ -145,7 +153,7 @@ def test_rot6d_has_spins_interleaved_layout(golden):
     Q = rot6d_to_rotmat(x)
     close(Q @ Q.mT, torch.eye(3).double().expand(1, 3, 3, 3), 1e-12, "not orthonormal")
     close(torch.linalg.det(Q), torch.ones(1, 3).double(), 1e-12, "a reflection, not a rotation")
-    assert gradcheck(rot6d_to_rotmat, (x.requires_grad_(),))
+    assert gradcheck(rot6d_to_rotmat, (x.requires_grad_(),)), GRADIENT
     R = rot6d_to_rotmat(golden["x6"])
     close(R, golden["out_x6_interleaved"], 1e-12, "SPIN: the six numbers are a (3, 2) matrix")
     for reading, whose in (("columns", "4D-Humans'"), ("rows", "pytorch3d's")):
@@ -380,6 +388,8 @@ def test_resnet_equals_torchvisions(depth):
             m.weight.data.uniform_(0.5, 1.0)
             m.bias.data.uniform_(-0.1, 0.1)
     ours = ResNet(depth, num_classes=1000)
+    odd = sorted(ours.state_dict().keys() ^ theirs.state_dict().keys())
+    assert not odd, f"a projection where stride or channels change, and only there: {odd[:2]}"
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -425,7 +435,7 @@ def test_the_slides_constructed_solution():
 
 def test_resnets_options():
     assert ResNet(50).feature_dim == 2048 and ResNet(18, width=32).feature_dim == 256
-    assert ResNet(18, width=8)(torch.randn(1, 3, 64, 64)).shape == (1, 64)
+    assert ResNet(18, width=8)(torch.randn(1, 3, 64, 64)).shape == (1, 64), "one picture: (1, C)"
     plain = [n for n, _ in ResNet(34, plain=True).named_parameters() if "downsample" in n]
     assert not plain, "a plain network has no projections either"
     with pytest.raises(ValueError, match="18, 34, 50, 101, 152"):
@@ -437,12 +447,12 @@ def test_resnets_options():
 
 def test_the_regressor_is_the_papers():
     regressor = Regressor(2048, torch.zeros(1, 85))
-    assert sum(p.numel() for p in regressor.parameters()) == 3_321_941
+    assert sum(p.numel() for p in regressor.parameters()) == 3_321_941, "Theta-bar is a buffer"
     assert regressor.fc1.in_features == 2133, "[phi 2048 | Theta 85]"
     bound = regressor.fc3.weight.abs().max().item()
     assert 0.0073 < bound <= 0.0073555, f"last layer within {bound:.4g}: xavier with gain 0.1"
     for layer in (regressor.fc1, regressor.fc2):
-        assert within_xavier(layer.weight) and not layer.bias.any()
+        assert within_xavier(layer.weight) and not layer.bias.any(), "Xavier, biases 0"
 
 
 def within_xavier(weight: Tensor) -> bool:
@@ -509,18 +519,11 @@ def test_dropout_follows_both_hidden_layers_with_fresh_masks():
 
 
 def test_gradients_run_through_all_iterations():
-    regressor = Regressor(7, torch.zeros(1, 85), iterations=3).eval()
-    gradient = []
-    for t in (1, 3):
-        feature = torch.randn(2, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        thetas = regressor(feature)
-        thetas[t - 1].sum().backward()
-        gradient.append(feature.grad)
-    assert not torch.allclose(*gradient), "Theta_3 carries iterations 1's and 2's gradients too"
-    # Against finite differences: a detach between iterations would go unnoticed above.
-    regressor = regressor.double()
+    regressor = Regressor(7, torch.zeros(1, 85), iterations=3).eval().double()
     feature = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda f: regressor(f)[-1], (feature,)), "Theta is detached between iterations"
+    for t in range(3):
+        assert gradcheck(lambda f: regressor(f)[t], (feature,)), \
+            f"Theta_{t + 1}: not finite differences' gradient; Theta detached between iterations?"
 
 
 def test_theta_bar_is_upright_average_and_fixed(body):
@@ -545,7 +548,7 @@ def test_theta_bar_is_upright_average_and_fixed(body):
 def test_the_whole_network(body, rotation, dim):
     model = HMR(body, depth=18, iterations=2, width=8, rotation=rotation)
     thetas, out = model(torch.rand(3, 3, 64, 64))
-    assert [t.shape for t in thetas] == [(3, dim)] * 2
+    assert [t.shape for t in thetas] == [(3, dim)] * 2, "one (B, 85) an iteration"
     shapes = dict(rotmats=(3, 24, 3, 3), betas=(3, 10), cam=(3, 3), joints=(3, 24, 3),
                   keypoints3d=(3, 19, 3), keypoints2d=(3, 19, 2))
     assert {k: tuple(getattr(out, k).shape) for k in shapes} == shapes and out.vertices is None
@@ -596,7 +599,7 @@ def test_projection_is_the_official_codes(golden):
     close(hmr.project(X, cam), torch.tensor([[[0.8, 0.4]]]), 1e-6,
           "s (X + t) = 2 * (.3 + .1), 2 * (.4 - .2); the paper's s X + t would give .7, .6")
     assert gradcheck(hmr.project, (torch.randn(2, 4, 3).double().requires_grad_(),
-                                   torch.randn(2, 3).double().requires_grad_()))
+                                   torch.randn(2, 3).double().requires_grad_())), GRADIENT
 
 
 # ============================================================================================
@@ -613,15 +616,14 @@ def test_reprojection_loss():
                 count += 2
     close(hmr.keypoint_loss(pred, target, v), total / count, 1e-12,
           "L1 (not squared), mean over the visible coordinates of the whole batch (not per image)")
-    half = v * (0.5 + 0.5 * (torch.arange(19) % 2))
-    close(hmr.keypoint_loss(pred, target, half), total / count, 1e-12,
+    close(hmr.keypoint_loss(pred, target, v * torch.linspace(0.5, 1, 19)), total / count, 1e-12,
           "v is a mask: 0.5 counts as 1, as in TensorFlow, and weighs nothing")
     one = torch.zeros(1, 19)
     one[0, 4] = 1
     shifted = torch.zeros(1, 19, 2)
     shifted[0, 4] = torch.tensor([0.2, -0.4])
     close(hmr.keypoint_loss(shifted, 0 * shifted, one), 0.3, 1e-7, "(.2 + .4) / 2")
-    assert gradcheck(lambda p: hmr.keypoint_loss(p, target, v), (pred.requires_grad_(),))
+    assert gradcheck(lambda p: hmr.keypoint_loss(p, target, v), (pred.requires_grad_(),)), GRADIENT
 
 
 def test_3d_joint_loss():
@@ -648,7 +650,8 @@ def test_3d_joint_loss():
           "the denominator counts the labelled numbers: 13 keypoints, not 14")
     hipless = has * (torch.arange(19) != 3)
     close(hmr.joints3d_loss(pred, target, hipless), 0.0, 0, "no hips, no centre, no label")
-    assert gradcheck(lambda p: hmr.joints3d_loss(p, target, has), (pred.requires_grad_(),))
+    loss = lambda p: hmr.joints3d_loss(p, target, has)
+    assert gradcheck(loss, (pred.requires_grad_(),)), GRADIENT
 
 
 def test_smpl_parameter_loss():
@@ -665,7 +668,7 @@ def test_smpl_parameter_loss():
     close(same, 0.0, 1e-12, "Rx(pi) and Rx(-pi) are one rotation: compare matrices, not vectors")
     R.requires_grad_()
     assert gradcheck(lambda r, x: hmr.smpl_loss(r, x, S, b, has), (R, a.requires_grad_()),
-                     fast_mode=True)
+                     fast_mode=True), GRADIENT
 
 
 def test_the_losses_are_the_official_codes(golden):
@@ -723,12 +726,12 @@ def test_the_two_3d_indicators_are_separate(body):
 
 def test_there_are_25_discriminators():
     D = Discriminator()
-    assert sum(p.numel() for p in D.parameters()) == 1_807_619
-    assert D(torch.randn(4, 23, 3, 3), torch.randn(4, 10)).shape == (4, 25)
+    assert sum(p.numel() for p in D.parameters()) == 1_807_619, "the official code's parameters"
+    assert D(torch.randn(4, 23, 3, 3), torch.randn(4, 10)).shape == (4, 25), "23 + 1 + 1 outputs"
     with pytest.raises(ValueError, match="root left out"):
         D(torch.randn(4, 24, 3, 3), torch.randn(4, 10))
     for layer in D.children():
-        assert within_xavier(layer.weight) and not layer.bias.any()
+        assert within_xavier(layer.weight) and not layer.bias.any(), "Xavier everywhere, biases 0"
     assert within_xavier(D.joint_weight[:1]) and not D.joint_bias.any(), "23 layers of 32 -> 1"
     assert D.joint_weight.abs().max() <= math.sqrt(6 / 33)
 
@@ -779,8 +782,8 @@ def test_adversarial_losses():
         close(hmr.encoder_adversarial_loss(scores), encoder, 1e-6, "sum over 25, mean over B*T")
         close(hmr.discriminator_loss(scores, scores), both, 1e-6, "real -> 1, fake -> 0")
     scores = torch.randn(4, 25).double().requires_grad_()
-    assert gradcheck(hmr.encoder_adversarial_loss, (scores,))
-    assert gradcheck(hmr.discriminator_loss, (scores.detach() + 1, scores))
+    assert gradcheck(hmr.encoder_adversarial_loss, (scores,)), GRADIENT
+    assert gradcheck(hmr.discriminator_loss, (scores.detach() + 1, scores)), GRADIENT
 
 
 def test_real_is_pulled_to_1_and_fake_to_0():
@@ -830,7 +833,8 @@ def test_mocap_is_split_by_clip():
         clips = {name: file[name] for name in file.files}
     assert len(clips) == 15 and sum(map(len, clips.values())) == 1620
     assert all(c.shape[1:] == (72,) and np.isfinite(c).all() for c in clips.values())
-    assert len(data.load_mocap(False, False)) + len(data.load_mocap(False, True)) == 1620
+    parts = [len(data.load_mocap(False, held_out)) for held_out in (False, True)]
+    assert sum(parts) == 1620, f"{parts} frames to train on and held out: some of the 1620 in both"
     for upright in (True, False):
         seen, unseen = (data.load_mocap(upright, held_out) for held_out in (False, True))
         distance = torch.cdist(unseen[:, 1:].flatten(1), seen[:, 1:].flatten(1)).min()
@@ -1277,7 +1281,8 @@ def test_the_learning_rate_rises_and_anneals():
 
 def test_the_defaults_are_the_official_recipe():
     c = train.Config()
-    assert (c.depth, c.size, c.batch, c.lr, c.lr_d, c.iterations) == (50, 224, 64, 1e-5, 1e-4, 3)
+    assert (c.depth, c.size, c.batch, c.iterations) == (50, 224, 64, 3)
+    assert (c.lr, c.lr_d) == (1e-5, 1e-4), "do_train.sh's rates; the flags' own default is 1e-3"
     assert (c.weight_kp, c.weight_joints, c.weight_smpl, c.weight_adv) == (60, 60, 60, 1)
     assert (c.dropout, c.schedule, c.rotation) == (0.5, "constant", "axis-angle")
     assert c.steps == 667_589, "the released checkpoint's"
