@@ -521,7 +521,8 @@ def filled(module: nn.Module) -> nn.Module:
     for name, x in module.state_dict().items():
         if x.is_floating_point():
             k = torch.arange(x.numel(), dtype=torch.float64) + zlib.crc32(name.encode()) % 997
-            x.copy_((0.2 * (1.7 * k + k * k / 1000).sin() + (x.ndim == 1)).view_as(x))
+            scales = x.ndim == 1 and name.endswith(("weight", "running_var"))     # batch norm's
+            x.copy_((0.2 * (1.7 * k + k * k / 1000).sin() + scales).view_as(x))
     return module.double().eval()
 
 
@@ -581,13 +582,17 @@ def probe_ief(c) -> dict:
     regressor = filled(c.hmr.Regressor(7, torch.zeros(1, 85), iterations=4))
     for layer in (regressor.fc1, regressor.fc2, regressor.fc3):
         layer.weight.data *= 0.1
-    return both_ways(regressor, normal(B, 7))
+    found = both_ways(regressor, normal(B, 7))
+    regressor.dropout = 1.0                   # in train mode all zeros, so nothing random
+    return found | {"all dropped out": regressor.train()(normal(B, 7))[-1]}
 
 
 def probe_keypoints(c) -> dict:
     target, visible = normal(B, 19, 2), (normal(B, 19) > 0).double()
+    target[visible == 0] = math.nan
+    visible[:, ::2] /= 2                                              # still visible
     found = both_ways(lambda p: c.hmr.keypoint_loss(p, target, visible), normal(B, 19, 2))
-    none = c.hmr.keypoint_loss(target, 0 * target, 0 * visible)
+    none = c.hmr.keypoint_loss(normal(B, 19, 2), target, 0 * visible)
     squares = c.hmr.masked_mean(normal(B, 7), (normal(B, 1) > 0).double(), torch.square)
     return found | {"nothing visible": none, "masked_mean of squares": squares}
 
@@ -631,6 +636,8 @@ def probe_step(c) -> dict:
     E = c.hmr.HMR(c.smpl.SMPL(), depth=18, width=8, dropout=0.0).double().train()
     D = c.hmr.Discriminator().double()
     opt_E, opt_D = torch.optim.SGD(E.parameters(), 1e-3), torch.optim.SGD(D.parameters(), 1e-2)
+    for p in (*E.parameters(), *D.parameters()):
+        p.grad = torch.full_like(p, 0.1)                              # left by an earlier step
     losses = c.train.train_step(E, D, opt_E, opt_D, batch, tuple(x.double() for x in motion),
                                 config)
     found = dict(zip(c.train.Losses._fields, losses))
@@ -640,6 +647,12 @@ def probe_step(c) -> dict:
     return found
 
 
+def probe_procrustes(c) -> dict:
+    f = c.train.compute_similarity_transform
+    few, more = (both_ways(f, normal(n, 7, 3), normal(n, 7, 3)) for n in (2, B))
+    return {f"of 2: {k}": v for k, v in few.items()} | {f"of {B}: {k}": v for k, v in more.items()}
+
+
 PROBES: dict[int, Callable] = {
     1: probe_rodrigues,
     2: lambda c: both_ways(c.smpl.blend_shapes, normal(B, 7), normal(11, 3, 7)),
@@ -647,8 +660,7 @@ PROBES: dict[int, Callable] = {
     8: probe_ief, 9: lambda c: both_ways(c.hmr.project, 3 + normal(B, 7, 3), normal(B, 3)),
     10: probe_keypoints, 11: probe_joints, 12: probe_smpl_loss, 13: probe_heads,
     14: probe_adversary, 15: lambda c: both_ways(c.data.mirror_pose, normal(2, B, 24, 3)),
-    16: probe_step,
-    17: lambda c: both_ways(c.train.compute_similarity_transform, normal(2, 7, 3), normal(2, 7, 3))}
+    16: probe_step, 17: probe_procrustes}
 
 
 def seeded(number: int) -> Callable:
@@ -665,10 +677,11 @@ def difference(got: dict | None, expected: dict) -> str:
             its_shape, its_numbers = got[name]
             if its_shape != shape:
                 return f"{name} has the shape {tuple(its_shape)}, expected {tuple(shape)}"
-            allowed = 1e-8 * max([1.0, *map(abs, numbers)])
-            off = [abs(a - b) for a, b in zip(its_numbers, numbers, strict=True)]
-            worst = max(range(len(off)), key=lambda i: math.inf if math.isnan(off[i]) else off[i])
-            if not off[worst] <= allowed:
+            allowed = 1e-8 * max([1.0, *(abs(b) for b in numbers if math.isfinite(b))])
+            off = [0.0 if a == b or a != a and b != b else abs(a - b) if a == a and b == b else
+                   math.inf for a, b in zip(its_numbers, numbers, strict=True)]     # NaN != NaN
+            worst = off.index(max(off))
+            if off[worst] > allowed:
                 return (f"{name} is {its_numbers[worst]:.6g} where {numbers[worst]:.6g} is "
                         f"expected (number {worst + 1} of {len(off)})")
         return ""
@@ -868,9 +881,16 @@ def restore(folder: Path, tasks: list[Task]) -> None:
 
 
 def check(alone: list[Task], processes: int) -> None:
-    """Blank: each task fails by its own sentence.  Solved: all points.  Some alone: theirs.
-    Raises ValueError where this does not hold."""
+    """Blank: each task fails by its own sentence.  Solved: all points.  Some alone: theirs.  The
+    grader's inputs see each known mistake.  Raises ValueError where this does not hold."""
     grader = Grader(list(TASKS), processes)
+    grader.learn(list(TASKS))
+    for number, known in grader.known.items():
+        for edit, result in known:
+            if not result.probe_error and not difference(result.outputs, grader.reference[number]):
+                raise ValueError(f"task {number}: the grader's inputs do not see {edit.new}")
+    print(f"{sum(map(len, grader.known.values()))} known mistakes of {len(TASKS)} tasks, each seen "
+          f"by the grader's own inputs", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         blank_folder = Path(temporary) / "blank"
         write(blank_folder)
