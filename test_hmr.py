@@ -1294,6 +1294,6 @@ def test_the_defaults_are_the_official_recipe():
 def test_every_equation_of_the_paper_is_tagged_where_it_is_computed():
     code = "".join((HERE / f).read_text(encoding="utf-8") for f in ("hmr.py", "train.py"))
     tagged = [line for line in code.split("\n") if re.search(r"# Eq\. \(\d\)$", line)]
-    numbers = sorted({int(line[-2]) for line in tagged})
-    assert numbers == list(range(1, 9)), f"HMR has Eqs. (1) to (8); tagged are {numbers}"
+    numbers = sorted(int(line[-2]) for line in tagged)
+    assert numbers == list(range(1, 9)), f"HMR has Eqs. (1) to (8), once each; tagged: {numbers}"
     assert all(line.split("#")[0].strip() for line in tagged), "a tag stands behind code"
