@@ -127,8 +127,7 @@ TASKS = (
          ("test_smpl_parameter_loss", "test_the_two_3d_indicators_are_separate",
           "test_the_losses_are_the_official_codes")),
     Task(13, "the discriminators' heads", "hmr.py", ("Discriminator.forward",), 7, "Sec. 3.3, 3.4",
-         "From rotations and betas to 25 outputs, by the layers that __init__ makes.  Refuse other "
-         'shapes by a ValueError that says "the root left out".',
+         "From rotations and betas to 25 outputs, by the layers that __init__ makes.",
          "the outputs' shape",
          ("test_there_are_25_discriminators", "test_the_23_joint_heads_are_23_separate_linears",
           "test_each_discriminator_sees_only_its_own",
@@ -220,12 +219,10 @@ def cuts(task: Task, lines: list[str]) -> list[tuple[int, int, str]]:
         if node.lineno - 1 < begin:                       # the marked lines are part of a function
             found.append((begin, end, task.title))
             continue
-        first = node.body[0].lineno - 1
-        if isinstance(node.body[0], ast.Expr):            # the docstring stays
-            first = node.body[0].end_lineno
-        else:
-            while lines[first - 1].lstrip().startswith("#"):
-                first -= 1
+        stays = [isinstance(n, ast.Expr) or isinstance(n, ast.If) and isinstance(
+            n.body[0], ast.Raise) for n in node.body]     # the docstring, then checks of the input
+        n = stays.index(False)
+        first = node.body[n - 1].end_lineno if n else node.body[0].lineno - 1
         found.append((first, node.end_lineno, name))
     return found
 
