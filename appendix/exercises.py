@@ -880,7 +880,7 @@ def restore(folder: Path, tasks: list[Task]) -> None:
         (folder / task.file).write_text(text, encoding="utf-8")
 
 
-def check(alone: list[Task], processes: int) -> None:
+def check(alone: list[list[Task]], processes: int) -> None:
     """Blank: each task fails by its own sentence.  Solved: all points.  Some alone: theirs.  The
     grader's inputs see each known mistake.  Raises ValueError where this does not hold."""
     grader = Grader(list(TASKS), processes)
@@ -900,9 +900,8 @@ def check(alone: list[Task], processes: int) -> None:
             if sentence not in got.message:
                 raise ValueError(f"blank, task {got.task.number}: {got.message or 'passes'}")
         print(f"blank: {points(grades)} points, each task fails by its own sentence", flush=True)
-        for name, tasks in [("solved", list(TASKS))] + [
-                (f"task {task.number} alone", [task]) for task in alone[3:]] + [
-                (f"tasks {', '.join(str(t.number) for t in alone[:3])} alone", alone[:3])]:
+        for tasks in (list(TASKS), *alone):
+            name = "tasks " + ",".join(str(task.number) for task in tasks)
             folder = Path(temporary) / name
             shutil.copytree(blank_folder, folder)
             restore(folder, tasks)
@@ -911,7 +910,7 @@ def check(alone: list[Task], processes: int) -> None:
             if points(grades) != expected:
                 report(name, grades)
                 raise ValueError(f"{name}: {points(grades)} points, expected {expected}")
-            print(f"{name}: {expected} points", flush=True)
+            print(f"{name} solved, nothing else: {expected} points", flush=True)
 
 
 # --------------------------------------------------------------------------------------------
@@ -952,7 +951,7 @@ def main(argv: list[str] | None = None) -> int:
             passed.append(grade(args.folders, wanted, args.out, args.processes, args.seconds))
         elif args.command == "check":
             three = [task for task in TASKS if task.number in (2, 9, 14)]
-            check(list(TASKS) if args.all else three, args.processes)
+            check([three, *([task] for task in TASKS if args.all)], args.processes)
         elif args.command == "figures":
             figures(args.out)
             print(f"wrote {args.out / 'elbow.png'}")

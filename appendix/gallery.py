@@ -1,4 +1,4 @@
-"""The field's mistakes, in one table: what, whose, the line that makes it here, the test that sees.
+"""The field's mistakes in one table: what, whose, the edit that makes it here, the test that fails.
 
 HMR has been written anew often, and the same things went wrong again and again.  Each row of
 MISTAKES is one of them with the published code that shows it, and edits of one line that make it
@@ -6,7 +6,7 @@ in this code.  Three readers: `python -m appendix.gallery` applies each edit to 
 the test that must catch it; `appendix.exercises grade` runs the edited reference beside a student's
 wrong answer and names the mistake whose output is the same; whoever writes HMR once more reads it.
 
-    python -m appendix.gallery              # all of them, some two minutes on two cores (Linux)
+    python -m appendix.gallery              # all, two minutes of processor time (Linux)
     python -m appendix.gallery 20 38        # these numbers
 """
 
