@@ -275,7 +275,7 @@ class SyntheticPeople:
         else:
             table = self._clothes(rand)                               # (B, 26, 3)
             background = (blow_up(rand(B, 3, 3, 3))
-                          + 0.5 * (blow_up(rand(B, 3, 12, 12)) - 0.5))# (B, 3, H, W)
+                          + 0.5 * (blow_up(rand(B, 3, 12, 12)) - 0.5))    # (B, 3, H, W)
             background = paste_rectangles(background, rand(B, 6, 8))
             # stripes across the body: 6 to 46 radians a metre, a wave of 14 to 105 cm
             frequency = 6 + 40 * rand(B, 1)                           # (B, 1)

@@ -368,18 +368,18 @@ def mean_camera(config: Config, smpl: SMPL) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: HMR, config: Config, D: nn.Module | None = None,
-             frames: Tensor | None = None) -> dict:
+             frames: Tensor | None = None, cam: Tensor | None = None) -> dict:
     """All measures on the held-out clips, or on frames (M, 24, 3): of each IEF iteration, the truth
     and two lazy guesses.
 
-    In float32, whatever training's precision.  The guesses, both under the world's mean camera:
+    In float32, whatever training's precision.  The guesses, both under the mean camera (cam):
     baseline, Theta-bar, faces us (people face anywhere); mean_pose is turned the TRUE way, so that
     only the pose is guessed.  heads: D on Theta_T and on motion.
     """
     model.eval()                  # batch norm uses its running statistics, dropout is off
     amp, model.amp = model.amp, None
     baseline = model.regressor.theta_bar.clone()                      # (1, 85)
-    baseline[:, CAM] = mean_camera(config, model.smpl)
+    baseline[:, CAM] = mean_camera(config, model.smpl) if cam is None else cam
     recorded = recorded_rotations(config, baseline.device)            # (2M, 23, 9)
     errors, scores = [[] for _ in range(config.iterations + 3)], []   # + truth and two guesses
     for batch in evaluation_pictures(config, model.smpl, frames):
@@ -698,11 +698,12 @@ def print_table(metrics: dict) -> None:
 def print_clips(model: HMR, config: Config) -> None:
     """PA-MPJPE of every clip beside the mean pose's: what of what is learnt reaches other clips?"""
     config = dataclasses.replace(config, eval_pictures=min(config.eval_pictures, 128))
+    cam = mean_camera(config, model.smpl)                             # (1, 3) the same for all
     say(f"PA-MPJPE mm, clip by clip, {config.eval_pictures} unmixed pictures of each: "
         f"the network's, the mean pose's")
     for kind, held_out in (("trained on", False), (config.validate or "held out", True)):
         for name, frames in load_clips(config.upright, held_out, config.validate).items():
-            metrics = evaluate(model, config, frames=frames)
+            metrics = evaluate(model, config, frames=frames, cam=cam)
             say(f"{kind:12s}{name:12s}{metrics['pa_mpjpe']:8.1f}"
                 f"{metrics['mean_pose']['pa_mpjpe']:8.1f}")
 

@@ -1,6 +1,6 @@
 """The paper's claims and the slides' degradation, seen: the same training, once for every variant.
 
-    python -m appendix.ablate paper --steps 1500 --seeds 2     # six variants, runs/ablation
+    python -m appendix.ablate paper --steps 2000 --seeds 2     # six variants, runs/ablation
     python -m appendix.ablate degradation --seeds 2            # four networks, runs/degradation
 
 Both imply --small and take train.py's flags; --variants A,B,.. chooses.  Every variant and seed has
@@ -287,7 +287,8 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
 
 
 def loss_curve(config: Config) -> tuple[list[int], list[float]]:
-    rows = list(csv.DictReader((Path(config.out) / "log.csv").read_text().splitlines()))
+    text = (Path(config.out) / "log.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
     return [int(row["step"]) for row in rows], [float(row["loss_E"]) for row in rows]
 
 

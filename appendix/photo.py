@@ -31,11 +31,10 @@ from torchvision.transforms.v2 import functional as vision
 
 import data
 import train
-from appendix.datasets import COCO_NAMES, cut_window, person_scale
+from appendix.datasets import COCO_TO_19, cut_window, person_scale
 from hmr import (CAM, HMR, POSE, Discriminator, HMROutput, discriminator_loss, mean_theta,
                  project)
-from smpl import (KEYPOINT_NAMES, SMPL, batch_rodrigues, exit_status, printable, save_obj,
-                  write_atomically)
+from smpl import SMPL, batch_rodrigues, exit_status, printable, save_obj, write_atomically
 
 # --------------------------------------------------------------------------------------------
 # 1. From the photo to the crop and back
@@ -248,8 +247,7 @@ def read_rows(rows, box=None, number: int = 1) -> Person:
         raise ValueError("expected 17 (COCO's order) or 19 rows of three numbers x, y, visible, "
                          "and a bbox of x, y, w, h if any")
     if len(table) == 17:                    # COCO has no neck and no top of the head: not labelled
-        order = [KEYPOINT_NAMES.index(name) for name in COCO_NAMES]
-        table = torch.zeros(19, 3).index_copy(0, torch.tensor(order), table)      # (19, 3)
+        table = torch.cat([table, torch.zeros(1, 3)])[COCO_TO_19]     # (19, 3)
     visible = (table[:, 2] > 0).float()     # COCO's 1, labelled but hidden, counts as 2 does
     keypoints = (table[:, :2] + 0.5) * visible[:, None]               # (19, 2)
     if box is None and visible.any():
