@@ -1,20 +1,24 @@
 """Pictures of people with labels: recorded poses, an endless synthetic world, a small renderer.
 
 Chapter 3 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR trains on photographs with 2D
-keypoints, some with 3D, and on motion capture that belongs to no picture (Sec. 3.2, 4).  All of
-those are licensed; here people are drawn: recorded motion poses an open body, a small renderer
-makes the picture, every label is known exactly.  Half of the pictures then "forget" their 3D, as
-in the paper.  The leaf, the renderer, comes last: it is not HMR.
+keypoints, on some photographs with 3D labels, and on motion capture that belongs to no picture
+(Sec. 3.2 and 4).  All of those data are licensed.  Here people are drawn instead: recorded motion
+poses an open body, a small renderer makes the picture, and every label is known exactly.  Half of
+the pictures then "forget" their 3D labels, as in the paper.
 
 Axes:  B pictures   M recorded frames   V vertices   F triangles   H = W = size in pixels
        19 keypoints   24 joints   26 parts of the clothes
-       in the renderer: S triangles seen from in front, Q pairs of triangle and pixel, I of them
-       inside, P pixels hit
-Camera frame: x right, y DOWN, z away from the camera, metres.  2D in [-1, 1] of the square crop,
-pixel = (x + 1) * size / 2; pixel i covers [i, i + 1) and is sampled at i + 0.5, so that
-mirroring a picture is exactly x -> -x.
+Axes of the renderer alone:  S triangles that face the camera   Q pairs of a triangle and a pixel
+       I pairs whose pixel lies inside the triangle   P pixels that see a body
+Camera frame: x right, y DOWN, z away from the camera, in metres.  2D in [-1, 1] of the square crop,
+pixel = (x + 1) * size / 2.  Pixel i covers [i, i + 1) and is sampled at i + 0.5, so that mirroring
+a picture is exactly x -> -x.
 
-    python data.py           # out/data.png: samples with keypoints; out/body.png: the open body
+On a GPU: a list as an index, or a result whose length depends on the data, makes the program wait
+until the GPU has finished all earlier work.  So the world copies its constants to the device once,
+in __init__, and only the renderer waits, in four places (nonzero and repeat_interleave).
+
+    python data.py           # out/data.png: pictures of --small and of the full recipe's world
 """
 
 import argparse
@@ -32,39 +36,40 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, normalize
 
 from hmr import project
-from smpl import FLIP_JOINTS, SMPL, batch_rodrigues, exit_status, lbs, write_atomically
+from smpl import FLIP_JOINTS, SMPL, batch_rodrigues, exit_status, write_atomically
 
 # --------------------------------------------------------------------------------------------
 # 1. Poses: recorded motion (Sec. 3.3: the adversarial prior's real samples)
 
 MOCAP = Path(__file__).resolve().parent / "assets" / "mocap.npz"
-# --small's; upright but for held-out kick's 15 leaning frames, once spin's flight is left out
+# The nine clips of --small.  Nobody leans by over 45 degrees in them, but for 15 frames of kick.
 UPRIGHT = ("walk", "run", "dance_a", "punch", "spin", "spinkick", "jump", "dance_b", "kick")
-HELD_OUT = ("dance_b", "kick", "roll")                                # never trained on
-LEVEL = slice(29, 69)                            # spin, in the air: over 45 degrees from upright
-# Joints that are swapped between frames as one piece: arms (collar to hand), legs, spine, head.
+HELD_OUT = ("dance_b", "kick", "roll")              # never trained on
+SPIN_AIRBORNE = slice(29, 69)                       # frames of spin that --small leaves out
+# Joints that move from one frame to another as one piece: arms (collar to hand), legs, spine, head.
 LIMBS = ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11), (3, 6, 9),
          (12, 15))
 
 
 def load_clips(upright: bool, held_out: bool, validate: str = "") -> dict[str, Tensor]:
-    """Training clips, or those to measure on: name -> (M, 24, 3) axis-angle, SMPL's y-up frame.
+    """The clips to train on, or the clips to measure on: name -> (M, 24, 3) axis-angle, y-up frame.
 
-    validate: the training clip that is left out to choose settings by; then it alone is measured
-    on, and the held-out clips, which are for the last word, are not opened.  Raises ValueError.
+    upright: only the nine mostly upright clips.  held_out: the clips to measure on.  validate: a
+    training clip that is left out, so that settings can be chosen on it.  Then this clip alone is
+    measured on, and the held-out clips, which are for the last word, are not opened.
+    Raises ValueError if validate is no training clip.
     """
     with np.load(MOCAP, allow_pickle=False) as file:
         names = UPRIGHT if upright else sorted(file.files)
         clips = {name: file[name].astype(np.float32) for name in names}           # (M, 72)
     if upright:
-        clips["spin"] = np.delete(clips["spin"], LEVEL, axis=0)       # (n, 72)
+        clips["spin"] = np.delete(clips["spin"], SPIN_AIRBORNE, axis=0)           # (n, 72)
     training = [name for name in names if name not in HELD_OUT]
     if validate and validate not in training:
         raise ValueError(f"--validate {validate}: expected one of {', '.join(training)}")
-    training = [name for name in training if name != validate]
     measured = [validate] if validate else [name for name in names if name in HELD_OUT]
-    return {name: torch.from_numpy(clips[name]).view(-1, 24, 3)
-            for name in (measured if held_out else training)}         # (M, 24, 3) each
+    chosen = measured if held_out else [name for name in training if name != validate]
+    return {name: torch.from_numpy(clips[name]).view(-1, 24, 3) for name in chosen}
 
 
 def load_mocap(upright: bool, held_out: bool, validate: str = "") -> Tensor:
@@ -72,37 +77,41 @@ def load_mocap(upright: bool, held_out: bool, validate: str = "") -> Tensor:
     return torch.cat(list(load_clips(upright, held_out, validate).values()))      # (M, 24, 3)
 
 
-# Task 15: mirror_pose
 def mirror_pose(pose: Tensor) -> Tensor:
-    """The pose seen in a mirror: (..., 24, 3) -> same.  Swap sides; X R(r) X = R(r * (1, -1, -1)).
+    """The pose seen in a mirror: (..., 24, 3) -> same.
 
-    X = diag(-1, 1, 1).  The root's rotation is mirrored too (the official docstring says it is left
-    alone; its sign table flips it).
+    Left and right joints swap places, and X R(r) X = R(r * (1, -1, -1)) with X = diag(-1, 1, 1).
+    The root's rotation is mirrored, too.  (The official docstring says that it is left alone, but
+    the official table of signs flips it.)
     """
     return pose[..., FLIP_JOINTS, :] * pose.new_tensor([1, -1, -1])   # (..., 24, 3)
-# end of task
 
 
 # --------------------------------------------------------------------------------------------
 # 2. The world
 
 class Batch(NamedTuple):
-    """B labelled pictures.  Fields of what is not labelled hold zeros and their mask is 0."""
+    """B labelled pictures.  A label that is missing is 0 and its mask is 0.
+
+    A picture without 3D labels still has keypoints2d.  It takes part in L_reproj and L_adv, and its
+    mask keeps it out of L_joints and L_smpl.
+    """
     image: Tensor             # (B, 3, size, size) RGB in [0, 1]
     keypoints2d: Tensor       # (B, 19, 2) in [-1, 1] of the crop
     visible: Tensor           # (B, 19) 1 = labelled (occluded and out-of-crop points keep 1)
     keypoints3d: Tensor       # (B, 19, 3) camera frame, metres
     rotmats: Tensor           # (B, 24, 3, 3) root in the camera frame
     betas: Tensor             # (B, 10)
-    has_3d: Tensor            # (B, 19) 1 = keypoints3d is a label  (the paper's indicator "1"; per
-    #                           keypoint, since H3.6M and 3DHP have no top of the head)
-    has_smpl: Tensor          # (B,) 1 = rotmats and betas are labels; goes with has_3d here, not in
-    #                           real data: H3.6M has both kinds of labels, 3DHP only joints
-    cam: Tensor               # (B, 3) the true camera; never a label, for the baseline and tests
+    has_3d: Tensor            # (B, 19) 1 = keypoints3d is a label, the paper's indicator "1".  It
+    #                           is per keypoint, since H3.6M and 3DHP have no top of the head.
+    has_smpl: Tensor          # (B,) 1 = rotmats and betas are labels.  Drawn people have all 3D
+    #                           labels or none; in real data, 3DHP has joints but no SMPL.
+    cam: Tensor               # (B, 3) the true camera; no label, only for the baseline and tests
 
 
-# What the body wears: colours of the 24 joints' parts, then the torso's and the head's back.
-# Sides differ, so that a picture of few pixels says which arm is which and which way it faces.
+# The suit that people wear in look "plain": a colour for each of the 24 joints' parts, for the
+# torso's back and for the back of the head.  Left and right, front and back differ, so that a
+# picture of few pixels says which arm is which and which way the person faces.
 TORSO_BACK, HAIR, PARTS = 24, 25, 26
 SUIT = {
     (0,): (0.25, 0.25, 0.30),                                                        # pelvis
@@ -114,38 +123,54 @@ SUIT = {
     (20, 22): (0.95, 0.4, 0.75), (21, 23): (0.45, 0.45, 1.0),                        # hands
     (12, 15): (0.90, 0.68, 0.55), (HAIR,): (0.22, 0.14, 0.08)}
 
-# What covers each in look "hard": 0 skin, 1 hair, 2 shirt, 3 trousers, 4 shoes, 5 sleeve, 6 leg.
+# What covers each of the 26 parts in look "hard":
+# 0 skin, 1 hair, 2 shirt, 3 trousers, 4 shoes, 5 sleeve of the forearm, 6 trousers' lower leg.
 CLOTHES = (3, 3, 3, 2, 6, 6, 2, 4, 4, 2, 4, 4, 0, 2, 2, 0, 2, 2, 5, 5, 0, 0, 0, 0, 2, 1)
 
 
 def face_parts(smpl: SMPL) -> Tensor:
     """Which part (0..25) each triangle belongs to -> (F,) int64."""
-    part = smpl.weights[smpl.faces].sum(1).argmax(1)                  # (F,) strongest joint
+    part = smpl.weights[smpl.faces].sum(1).argmax(1)                  # (F,) the strongest joint
     corners = smpl.v_template[smpl.faces]                             # (F, 3, 3)
     sides = corners[:, 1:] - corners[:, :1]                           # (F, 2, 3)
-    normal = normalize(torch.linalg.cross(*sides.unbind(1), dim=-1), dim=-1)  # (F, 3)
-    torso = (part[:, None] == part.new_tensor([3, 6, 9, 13, 14])).any(1)
+    normal = normalize(torch.linalg.cross(*sides.unbind(1), dim=-1), dim=-1)      # (F, 3)
+    torso = (part[:, None] == part.new_tensor([3, 6, 9, 13, 14])).any(1)          # (F,)
     part = torch.where(torso & (normal[:, 2] < 0), TORSO_BACK, part)
     hair = (part == 15) & ((normal[:, 2] < 0) | (normal[:, 1] > 0.75))
     return torch.where(hair, HAIR, part)
 
 
-# How large a person stands in the crop: diagonal of the keypoints' box and jitter of its centre in
-# pixels of 224, then least and greatest zoom.  Official margins are more than 48 px can afford.
-CROPS = {"official": (150, 20, 0.8, 1.23), "tight": (212, 4, 0.95, 1.05)}         # tight: ours
+# How large a person stands in the crop.  Four numbers: the diagonal of the keypoints' box and the
+# jitter of its centre, both in pixels of a 224 crop, then the least and the greatest zoom.  The
+# official crop leaves wide margins; "tight" is our choice, for pictures of few pixels.
+CROPS = {"official": (150, 20, 0.8, 1.23), "tight": (212, 4, 0.95, 1.05)}
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed made of several numbers, so that equal numbers give equal random draws.
+
+    numpy mixes the numbers into two words of 32 bits, and torch takes seeds of 63 bits, hence the
+    shift by 31.  (A CPU's generator uses the lower 32 bits of them.)
+    """
+    high, low = np.random.SeedSequence(numbers).generate_state(2)
+    return int(high) << 31 ^ int(low)
 
 
 class SyntheticPeople:
-    """Endless pictures of people: `world.batch(step)` is a function of (seed, step, rank) alone.
+    """Endless pictures of people; `world.batch(step)` is a function of (seed, step, rank) alone.
 
-    (And of `smpl`'s device: CPU and CUDA generators differ, and a GPU's atomic sums vary.)  A fresh
-    generator each step: resuming at step n, or drawing ahead, changes nothing.
-    frames (M, 24, 3): what people do.  mix: recombine frames limb by limb.  rank: of a process.
-    labels "half": every other picture has 3D (Sec. 3.4: each batch is half 2D, half 3D) and a tenth
-    of the 2D points is unlabelled; "2d": no picture has 3D; "all": nothing is left out.
-    look "plain": a parti-coloured suit on a smooth background, quick to learn at few pixels;
-    look "hard": random clothes and patterns, cluttered backgrounds, occluders, noise.
+    Each step has a random generator of its own, so that resuming at step n changes nothing.  (The
+    pictures also depend on the device: the generators of a CPU and of a GPU differ.)
+
+    smpl: the body, on the device to draw on.  frames (M, 24, 3): what people do.  batch: pictures
+    a step.  size: pixels.  rank: number of this process.  mix: recombine frames limb by limb.
+    labels "half": every other picture has 3D labels (Sec. 3.4: each batch is half 2D, half 3D) and
+    a tenth of the 2D points is unlabelled; "2d": no picture has 3D labels; "all": nothing is left
+    out.  look "plain": a parti-coloured suit on a smooth background, quick to learn at few pixels;
+    "hard": random clothes and patterns, cluttered backgrounds, occluders, noise.  crop: of CROPS.
+    Raises ValueError for another look, labels or crop.
     """
+    name = "drawn people"     # what a world is made of; a checkpoint keeps it
 
     def __init__(self, smpl: SMPL, frames: Tensor, batch: int, size: int, look: str = "plain",
                  seed: int = 0, rank: int = 0, labels: str = "half", mix: bool = True,
@@ -157,36 +182,31 @@ class SyntheticPeople:
         self.smpl, self.size, self.look, self.batch_size = smpl, size, look, batch
         self.seed, self.rank, self.mix, self.labels, self.crop = seed, rank, mix, labels, crop
         self.device = smpl.v_template.device
-        # All fixed numbers go to the device here, once.  In `batch`, a list used as an index would
-        # be copied at every step, and the copy waits until a GPU has finished all earlier work.
         self.frames = torch.cat([frames, mirror_pose(frames)]).to(self.device)    # (2M, 24, 3)
-        limbs = torch.zeros(len(LIMBS), 24, 1, dtype=torch.bool)      # (6, 24, 1)
         suit = torch.zeros(PARTS, 3)                                  # (26, 3)
-        for limb, joints in zip(limbs, LIMBS):                        # (24, 1)
-            limb[list(joints)] = True
         for joints, color in SUIT.items():
             suit[list(joints)] = torch.tensor(color)
-        self.limbs, self.suit = limbs.to(self.device), suit.to(self.device)
+        limbs = torch.tensor([[j in limb for j in range(24)] for limb in LIMBS])  # (6, 24)
+        self.limbs = limbs[..., None].to(self.device)                 # (6, 24, 1)
+        self.suit = suit.to(self.device)                              # (26, 3)
         self.parts = face_parts(smpl)                                 # (F,)
-        self.clothes = torch.tensor(CLOTHES, device=self.device)      # (26,)
-        self.skin = torch.tensor((1.0, 0.78, 0.66), device=self.device)           # (3,)
-        self.light = torch.tensor((0, -0.5, -1), device=self.device)  # (3,) y is down
-        self.no_turn = torch.tensor((1, 0, 1), device=self.device)    # (3,)
-        self.flip = batch_rodrigues(torch.tensor((math.pi, 0, 0), device=self.device))    # (3, 3)
+        constant = functools.partial(torch.tensor, device=self.device)
+        self.clothes, self.skin = constant(CLOTHES), constant((1.0, 0.78, 0.66))  # (26,), (3,)
+        self.light, self.no_turn = constant((0, -0.5, -1)), constant((1, 0, 1))   # (3,), (3,)
+        self.flip = batch_rodrigues(constant((math.pi, 0, 0)))        # (3, 3) Rx(pi): y up to down
 
     def generator(self, step: int, stream: int = 0) -> torch.Generator:
-        """Streams are independent: 0 = pictures, 1 = the discriminators' pool."""
-        state = np.random.SeedSequence([self.seed, step, self.rank, stream]).generate_state(2)
+        """The step's random numbers; stream 0 is for pictures, 1 for the discriminators' motion."""
         rng = torch.Generator(self.device)
-        return rng.manual_seed(int(state[0]) << 31 ^ int(state[1]))   # a CPU's keeps 32 bits
+        return rng.manual_seed(seed_of(self.seed, step, self.rank, stream))
 
     def poses(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw n poses (n, 24, 3) from the recorded frames, recorded root included.
 
-        A frame, mirrored half the time; with `mix`, each limb comes from another frame with
-        probability 0.6 and every joint gets a little noise.  The pictures AND the discriminators'
-        real samples come from this one function: were the two distributions different, D would
-        learn to reject the very labels that L_smpl pulls the encoder to.
+        A pose is a recorded frame, mirrored half the time.  With `mix`, each limb then comes from
+        another frame with probability 0.6, and every joint gets a little noise.  The pictures AND
+        the discriminators' real samples come from this one function.  If their distributions
+        differed, D would learn to reject the very labels that L_smpl pulls the encoder to.
         """
         def frame() -> Tensor:
             M = len(self.frames) // 2
@@ -204,27 +224,28 @@ class SyntheticPeople:
         return pose + 0.05 * noise                                    # radians: about 3 degrees
 
     def betas(self, n: int, rng: torch.Generator) -> Tensor:
-        """(n, 10); N(0, 1), since the coefficients of SMPL's shape space are scaled to it."""
+        """(n, 10) from N(0, 1): the coefficients of SMPL's shape space are scaled to that."""
         return torch.randn(n, 10, generator=rng, device=self.device)  # (n, 10)
 
     def motion(self, n: int, step: int) -> tuple[Tensor, Tensor]:
-        """Real samples for D: rotmats (n, 23, 3, 3) without root, betas (n, 10); no picture."""
+        """Real samples for D, of no picture: rotmats (n, 23, 3, 3) without root, betas (n, 10)."""
         rng = self.generator(step, stream=1)
-        return (batch_rodrigues(self.poses(n, rng)[:, 1:]),
-                self.betas(n, rng))                                   # (n, 23, 3, 3), (n, 10)
+        rotmats = batch_rodrigues(self.poses(n, rng)[:, 1:])          # (n, 23, 3, 3)
+        return rotmats, self.betas(n, rng)                            # (n, 23, 3, 3), (n, 10)
 
     @torch.no_grad()
     def batch(self, step: int) -> Batch:
-        """The world's step-th B pictures, labelled as `labels` says."""
+        """The step-th B pictures, labelled as `labels` says."""
         B, rng = self.batch_size, self.generator(step)
         rotmats = batch_rodrigues(self.poses(B, rng))                 # (B, 24, 3, 3)
-        # from the left: the camera turns the whole recorded person, leaning or lying as recorded
+        # The camera's rotation multiplies from the left: it turns the whole recorded person, who
+        # leans or lies as recorded.
         rotmats[:, 0] = self._headings(B, rng) @ rotmats[:, 0]
         betas = self.betas(B, rng)                                    # (B, 10)
         body = self.smpl(betas, rotmats)
         cam = self._cameras(body.keypoints, rng)                      # (B, 3)
         image = self._draw(body.vertices, cam, rng)                   # (B, 3, H, W)
-        # occluded and out-of-crop points stay labelled, as in the official data
+        # Occluded and out-of-crop points stay labelled, as in the official data.
         visible = (torch.rand(B, 19, generator=rng, device=self.device) < 0.9).float()  # (B, 19)
         has_smpl = (torch.arange(B, device=self.device) % 2 == 0).float()         # (B,)
         if self.labels == "all":
@@ -239,34 +260,35 @@ class SyntheticPeople:
                      betas=betas * has_smpl[:, None], has_3d=has_3d, has_smpl=has_smpl)
 
     def _headings(self, B: int, rng: torch.Generator) -> Tensor:
-        """World to camera (B, 3, 3): turn to any heading, tilt the camera a bit, y up -> down."""
+        """World to camera (B, 3, 3): turn to any heading, tilt the camera a bit, y up -> y down."""
         turn = torch.zeros(B, 3, device=self.device)                  # (B, 3)
         turn[:, 1] = 2 * math.pi * torch.rand(B, generator=rng, device=self.device)
-        tilt = torch.randn(B, 3, generator=rng, device=self.device) * self.no_turn  # (B, 3)
+        tilt = torch.randn(B, 3, generator=rng, device=self.device) * self.no_turn      # (B, 3)
         return (self.flip @ batch_rodrigues(math.radians(5) * tilt)
                 @ batch_rodrigues(turn))                              # (B, 3, 3)
 
     def _cameras(self, keypoints: Tensor, rng: torch.Generator) -> Tensor:
-        """The crop and its jitter as a camera: keypoints (B, 19, 3) -> cam (B, 3).
+        """The crop and its jitter, written as a camera: keypoints (B, 19, 3) -> cam (B, 3).
 
-        Official: the diagonal of the keypoints' box is 150 of 224 pixels, its midpoint the crop's
-        centre; then the centre moves by up to 20 pixels an axis and the scale by 0.8 to 1.23.
+        The official rule: the diagonal of the keypoints' box becomes 150 of 224 pixels and its
+        middle the crop's centre.  Then the centre moves by up to 20 pixels in x and in y, and after
+        that the scale changes by a factor of 0.8 to 1.23.
         """
         diagonal, move, least, most = CROPS[self.crop]
-        low, high = keypoints[..., :2].amin(1), keypoints[..., :2].amax(1)        # (B, 2)
+        low, high = keypoints[..., :2].amin(1), keypoints[..., :2].amax(1)        # (B, 2) each
         jitter = torch.rand(len(low), 3, generator=rng, device=self.device)       # (B, 3)
         scale = 2 * diagonal / 224 / (high - low).norm(dim=-1)        # (B,) crop units a metre
         shift = 2 * move / 224 * (2 * jitter[:, :2] - 1) / scale[:, None]         # (B, 2) metres
-        # after the shift, as the official code
         scale = scale * (least + (most - least) * jitter[:, 2])       # (B,)
         return torch.cat([scale[:, None], shift - (low + high) / 2], 1)           # (B, 3)
 
     def _draw(self, vertices: Tensor, cam: Tensor, rng: torch.Generator) -> Tensor:
+        """Bodies (B, V, 3) in the camera's frame -> pictures (B, 3, H, W) in the world's look."""
         B, size = len(vertices), self.size
         rand, randn = (functools.partial(draw, generator=rng, device=self.device)
                        for draw in (torch.rand, torch.randn))
         blow_up = functools.partial(interpolate, size=size, mode="bilinear", align_corners=True)
-        # light from the camera's side, mostly from above
+        # The light comes from the camera's side, mostly from above.
         light = normalize(0.6 * randn(B, 3) + self.light, dim=-1)     # (B, 3)
         pattern = None
         if self.look == "plain":
@@ -275,9 +297,9 @@ class SyntheticPeople:
         else:
             table = self._clothes(rand)                               # (B, 26, 3)
             background = (blow_up(rand(B, 3, 3, 3))
-                          + 0.5 * (blow_up(rand(B, 3, 12, 12)) - 0.5))    # (B, 3, H, W)
+                          + 0.5 * (blow_up(rand(B, 3, 12, 12)) - 0.5))            # (B, 3, H, W)
             background = paste_rectangles(background, rand(B, 6, 8))
-            # stripes across the body: 6 to 46 radians a metre, a wave of 14 to 105 cm
+            # Stripes across the body: 6 to 46 radians a metre, so a wave of 14 to 105 cm.
             frequency = 6 + 40 * rand(B, 1)                           # (B, 1)
             direction = normalize(randn(B, 3, 1), dim=1)              # (B, 3, 1)
             wave = frequency * (self.smpl.v_template @ direction)[..., 0]         # (B, V)
@@ -315,21 +337,19 @@ def paste_rectangles(image: Tensor, draws: Tensor, biggest=0.6, chance=0.7) -> T
     return image
 
 
-# --------------------------------------------------------------------------------------------
-# 3. The renderer: an orthographic z-buffer in plain torch
+# ============================================================================================
+# Not needed to understand HMR: the renderer, an orthographic z-buffer in plain torch
 #
-# Every triangle looks only at the pixels of its own bounding box, and the (triangle, pixel) pairs
-# of all bodies are listed in one go.  One triangle, f, whose box is 3 pixels wide and 2 high:
+# Every triangle looks only at the pixels of its own bounding box.  The pairs of a triangle and a
+# pixel are listed for all bodies at once.  One triangle, f, whose box is 3 pixels wide and 2 high:
 #
 #       x0          place    0 1 2 3 4 5    its pairs, numbered within the box
-#    y0 .  /\  .    dx       0 1 2 0 1 2    = place mod 3, columns from the box's first, x0
-#       /______\    dy       0 0 0 1 1 1    = place // 3, rows from the box's first, y0
+#    y0 .  /\  .    dx       0 1 2 0 1 2    = place mod 3, columns from the box's first one, x0
+#       /______\    dy       0 0 0 1 1 1    = place // 3, rows from the box's first one, y0
 #                   inside   . x . x x x    the other pairs are dropped
 #    bid = [depth: nearest = smallest | f] in one integer: high bits decide, low bits say who won
 #
-# Each pixel keeps the smallest bid made for it: one scatter-min settles all depth tests.
-# Lists whose length depends on the data make the program wait for a GPU, here in four places a
-# batch (nonzero, repeat_interleave).  Nothing else does, until a log line, picture or checkpoint.
+# Each pixel keeps the smallest bid made for it, so that one scatter-min settles all depth tests.
 
 DEPTH_RANGE = 8.0           # metres in front of and behind the body's origin
 
@@ -338,24 +358,25 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
     """Which triangle does each pixel see?  -> (B, size, size) int64, -1 where none.
 
     points (B, V, 3): x, y in [-1, 1] of the picture, z = depth in metres; faces (F, 3), counter-
-    clockwise from outside.  Back faces are dropped: bodies are closed.
+    clockwise from outside.  Bodies are closed, so triangles that face away are dropped.
     """
     B, n_faces = len(points), len(faces)
-    # The batch goes innermost: gathering a face's corners then copies whole rows of B numbers.
+    # B is the innermost axis, so that picking a corner copies a whole row of B numbers.
     xyz = torch.cat([(points[..., :2] + 1) * (size / 2), points[..., 2:]], -1)    # pixels, metres
     xyz = xyz.permute(1, 2, 0).contiguous()                           # (V, 3, B)
     corners = xyz[:, :2].index_select(0, faces.flatten()).view(n_faces, 3, 2, B)  # (F, 3, 2, B)
-    # First and last pixel whose centre lies in the bounding box, within the picture.
+    # The first and the last pixel whose centre lies in the bounding box and in the picture.
     first = (corners.amin(1) - 0.5).ceil().clamp(min=0)               # (F, 2, B)
     last = (corners.amax(1) - 0.5).floor().clamp(max=size - 1)        # (F, 2, B)
-    # Twice the signed area; negative = counter-clockwise seen along +z with y down = facing us.
+    # Twice the signed area.  It is negative if the corners run counter-clockwise as seen along +z
+    # with y down, that is, if the triangle faces us.
     (ux, uy), (vx, vy) = [(corners[:, k] - corners[:, 0]).unbind(1) for k in (1, 2)]  # (F, B)
     area = ux * vy - vx * uy                                          # (F, B)
     box = last - first + 1                                            # (F, 2, B) pixels
     f, b = ((area < -1e-9) & (box[:, 0] > 0) & (box[:, 1] > 0)).nonzero(as_tuple=True)    # (S,)
 
-    # What a triangle needs to judge a pixel at (dx, dy) from its box's first one (counting from
-    # there keeps float32 exact enough): two barycentric coordinates as gx dx + gy dy + start.
+    # What a triangle needs to judge a pixel at (dx, dy), counted from its box's first pixel (which
+    # keeps float32 exact enough): two barycentric coordinates as gx dx + gy dy + start.
     def pick(value):                                                  # (F, B) -> (S,)
         return value.flatten().index_select(0, f * B + b)
     area, x0, y0, w, h = map(pick, (area, *first.unbind(1), *box.unbind(1)))      # (S,) each
@@ -377,7 +398,7 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
     gx0, gy0, start0, gx1, gy1, start1 = (plane.index_select(0, t) for plane in planes)
     w0 = gx0 * dx + gy0 * dy + start0                                 # (Q,) barycentric
     w1 = gx1 * dx + gy1 * dy + start1                                 # (Q,)
-    # A hair's tolerance: neighbours may both claim a pixel on their edge, but no crack opens.
+    # The tolerance lets two neighbours claim a pixel on their common edge, so that no crack opens.
     inside = (torch.minimum(torch.minimum(w0, w1), 1 - w0 - w1) > -1e-5).nonzero()[:, 0]  # (I,)
     t, dx, dy, w0, w1 = (v.index_select(0, inside) for v in (t, dx, dy, w0, w1))
 
@@ -413,10 +434,10 @@ def render(vertices: Tensor, faces: Tensor, cam: Tensor, size: int, color: Tenso
            pattern: Tensor | None = None) -> Tensor:
     """Draw bodies over backgrounds -> pictures (B, 3, size, size) in [0, 1].
 
-    vertices (B, V, 3) camera frame, metres; cam (B, 3) exactly `project`'s; color (B, F, 3) or
-    (F, 3); background (B, 3, size, size); light (B, 3) from the body to the light; pattern
-    (B, V) optional brightness factor at the vertices.  Smooth shading: Lambert on interpolated
-    normals.  Not differentiable.
+    vertices (B, V, 3) camera frame, metres; cam (B, 3) exactly as `project` takes it; color
+    (B, F, 3) or (F, 3); background (B, 3, size, size); light (B, 3) from the body to the light;
+    pattern (B, V) optional brightness factor at the vertices.  Smooth shading: Lambert on
+    interpolated normals.  Not differentiable.
     """
     B, V = vertices.shape[:2]
     points = torch.cat([project(vertices, cam), vertices[..., 2:]], -1)           # (B, V, 3)
@@ -427,10 +448,10 @@ def render(vertices: Tensor, faces: Tensor, cam: Tensor, size: int, color: Tenso
 
     def at_corners(values):                                           # (B, V, C) -> (P, 3, C)
         return values.flatten(0, 1).index_select(0, corner).view(len(f), 3, values.shape[2])
-    # Barycentric coordinates of the pixel's centre: areas of the sub-triangles.
+    # Barycentric coordinates of the pixel's centre are the areas of three sub-triangles.
     center = torch.stack([col + 0.5, row + 0.5], -1)                  # (P, 2)
     x, y = (at_corners((points[..., :2] + 1) * (size / 2)) - center[:, None]).unbind(-1)  # (P, 3)
-    # of corner k: its next and previous ones are k + 1 and k - 1, so roll by -1 and by 1
+    # The neighbours of corner k are k + 1 and k - 1, so roll by -1 and by 1.
     w = x.roll(-1, 1) * y.roll(1, 1) - x.roll(1, 1) * y.roll(-1, 1)   # (P, 3)
     w = (w / w.sum(1, keepdim=True))[:, None]                         # (P, 1, 3)
     normal = (w @ at_corners(vertex_normals(vertices, faces)))[:, 0]  # (P, 3)
@@ -446,8 +467,8 @@ def render(vertices: Tensor, faces: Tensor, cam: Tensor, size: int, color: Tenso
     return image.permute(0, 3, 1, 2)                                  # (B, 3, H, W)
 
 
-# ============================================================================================
-# Not needed to understand HMR: pictures for people to look at.
+# --------------------------------------------------------------------------------------------
+# Pictures for people to look at
 
 SKIN = (0.62, 0.71, 0.87)
 
@@ -459,18 +480,6 @@ def save_png(path: str | Path, image: Tensor) -> None:
     write_atomically(path, file.getvalue())
 
 
-def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: float = 2,
-                filled: bool = True) -> Tensor:
-    """Discs, or circles if not filled, at keypoints2d (K, 2) in [-1, 1] on image (3, H, W)."""
-    size = image.shape[-1]
-    p = torch.arange(size, device=image.device) + 0.5                 # (W,)
-    for x, y in ((keypoints2d + 1) * size / 2).tolist():
-        distance = ((p[None] - x) ** 2 + (p[:, None] - y) ** 2).sqrt()            # (H, W)
-        mask = distance <= radius if filled else (distance - radius).abs() <= 0.8
-        image = torch.where(mask, image.new_tensor(color)[:, None, None], image)
-    return image
-
-
 def draw_mesh(vertices: Tensor, faces: Tensor, cam: Tensor, size: int,
               background: Tensor | None = None) -> Tensor:
     """A body in one colour, anti-aliased by 2 x 2 samples a pixel -> (B, 3, size, size)."""
@@ -478,7 +487,7 @@ def draw_mesh(vertices: Tensor, faces: Tensor, cam: Tensor, size: int,
     if background is None:
         background = torch.ones(B, 3, size, size, device=vertices.device)         # (B, 3, H, W)
     big = interpolate(background, (2 * size, 2 * size), mode="bilinear")          # (B, 3, 2H, 2W)
-    color = vertices.new_tensor(SKIN).expand(len(faces), 3)
+    color = vertices.new_tensor(SKIN).expand(len(faces), 3)           # (F, 3)
     return avg_pool2d(render(vertices, faces, cam, 2 * size, color, big), 2)      # (B, 3, H, W)
 
 
@@ -489,74 +498,27 @@ def side_view(vertices: Tensor) -> Tensor:
     return torch.stack([-z, y, x], -1) + middle                       # (B, V, 3)
 
 
-def look_at(image: Tensor, vertices: Tensor, faces: Tensor, cam: Tensor, size: int = 224) -> Tensor:
-    """input | overlay | turned 90 degrees, one row a body -> (3, B * size, 3 * size)."""
-    image = interpolate(image, (size, size), mode="bilinear")         # (B, 3, size, size)
-    overlay = draw_mesh(vertices, faces, cam, size, image)
-    turned = draw_mesh(side_view(vertices), faces, cam, size)         # (B, 3, size, size)
-    return torch.cat([torch.cat(list(part), 1)
-                      for part in (image, overlay, turned)], 2)       # (3, B * size, 3 * size)
-
-
-def render_row(vertices: Tensor, faces: Tensor, joints: Tensor | None = None,
-               center: Tensor | None = None, height: float = 2.3, size: int = 200) -> Tensor:
-    """Bodies (B, V, 3) in SMPL's y-up frame, side by side on white -> (3, size, B * size).
-
-    joints (B, 24, 3) show through the skin; `height` metres around `center` (B, 3) are seen.
-    """
-    if center is None:
-        center = (vertices.amin(1) + vertices.amax(1)) / 2            # (B, 3)
-    to_camera = vertices.new_tensor([1, -1, -1])                      # (3,) Rx(pi)
-    shift = -center[:, :2] * to_camera[:2]                            # (B, 2)
-    cam = torch.cat([torch.full_like(shift[:, :1], 2 / height), shift], 1)        # (B, 3)
-    drawn = draw_mesh(vertices * to_camera, faces, cam, size)         # (B, 3, size, size)
-    if joints is not None:
-        points = project(joints * to_camera, cam)                     # (B, 24, 2)
-        drawn = [draw_points(image, p, radius=size / 90)
-                 for image, p in zip(drawn, points)]                  # B x (3, size, size)
-    return torch.cat(list(drawn), 2)                                  # (3, size, B * size)
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw the open body and labelled samples.")
-    parser.add_argument("--out", default="out", help="folder for the pictures", type=Path)
+    parser = argparse.ArgumentParser(description="Draw labelled samples of both worlds.")
+    parser.add_argument("--out", default="out", help="folder for the picture", type=Path)
     out = parser.parse_args(argv).out
-    return exit_status("data.py", lambda: _demo(out))
+    return exit_status("data.py", lambda: demo(out))
 
 
-def _demo(out: Path) -> None:
+def demo(out: Path) -> None:
     smpl, rows = SMPL(), []
-    for look, upright, size in (("plain", True, 64), ("hard", False, 224)):
-        frames = load_mocap(upright, held_out=False)
-        batch = SyntheticPeople(smpl, frames, 16, size, look).batch(0)
-        print(f"look {look!r:8s} {size} px: {batch.visible.mean():.0%} of keypoints labelled, "
-              f"{batch.has_3d.mean():.0%} of pictures with 3D, {len(frames)} mocap frames")
-        image = interpolate(batch.image, (224, 224), mode="nearest")
-        drawn = [draw_points(i, k[v > 0]) if n % 2 else i for n, (i, k, v) in
-                 enumerate(zip(image, batch.keypoints2d, batch.visible))]
+    for look, crop, upright, size in (("plain", "tight", True, 64),
+                                      ("hard", "official", False, 224)):
+        world = SyntheticPeople(smpl, load_mocap(upright, False), 16, size, look, crop=crop)
+        batch = world.batch(0)
+        print(f"look {look!r}, {size} px: {batch.has_3d.mean():.0%} of pictures have 3D labels")
+        image = (255 * interpolate(batch.image, (224, 224))).byte()   # (B, 3, 224, 224)
+        points = 112 * (batch.keypoints2d + 1)                        # (B, 19, 2) pixels
+        drawn = [torchvision.utils.draw_keypoints(i, k[None, v > 0], colors="red") / 255
+                 for i, k, v in zip(image, points, batch.visible)]
         rows += [torch.cat(drawn[:8], 2), torch.cat(drawn[8:], 2)]
     save_png(out / "data.png", torch.cat(rows, 1))
-    save_png(out / "body.png", _body_sheet(smpl))
-    print(f"wrote {out / 'data.png'}: --small's world, the full world; {out / 'body.png'}: betas "
-          f"0 to 2,\nheld-out motion, a knee bent hard by skinning alone | with pose blend shapes")
-
-
-def _body_sheet(smpl: SMPL) -> Tensor:
-    betas = torch.zeros(9, 10)
-    betas[range(9), [0, 0, 0, 1, 1, 1, 2, 2, 2]] = torch.tensor([-3.0, 0, 3]).repeat(3)
-    body = smpl(betas, torch.zeros(9, 72))
-    shapes = render_row(body.vertices, smpl.faces, body.joints)
-    frames = load_mocap(upright=True, held_out=True)                  # (M, 24, 3)
-    body = smpl(betas[:7] * 0, frames[len(frames) // 14::len(frames) // 7][:7])
-    motion = render_row(body.vertices, smpl.faces, body.joints)
-    bend = torch.zeros(1, 24, 3)
-    bend[0, 4, 0], bend[0, 1, 0], bend[0, 0, 1] = 1.9, -1.2, -1.2     # left knee, hip; turned
-    body = smpl(betas[:1] * 0, bend)
-    alone, _ = lbs(betas[:1] * 0, batch_rodrigues(bend), smpl.v_template, smpl.shapedirs,
-                   0 * smpl.posedirs, smpl.J_regressor, smpl.parents, smpl.weights)
-    knees = render_row(torch.cat([alone, body.vertices]), smpl.faces,
-                       center=body.joints[:, 4].expand(2, 3), height=0.55)
-    return torch.cat([shapes, torch.cat([motion, knees], 2)], 1)
+    print(f"wrote {out / 'data.png'}: two rows of --small's world, two of the full recipe's")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """HMR: one picture -> a body in it.  Encoder, iterative regressor, camera, losses, adversary.
 
-Chapter 2 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  Kanazawa, Black, Jacobs, Malik,
-"End-to-end Recovery of Human Shape and Pose", CVPR 2018; tags such as `Eq. (3)` and `Sec. 3.4` are
-that paper's, "slides" are lecture slides on ResNet (He et al. 2016) and HMR, "official code" is
-the authors' TensorFlow release.
+Chapter 2 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  The paper is Kanazawa, Black, Jacobs,
+Malik, "End-to-end Recovery of Human Shape and Pose", CVPR 2018.  Tags such as `Eq. (3)` and
+`Sec. 3.4` refer to it.  "Official code" is the authors' TensorFlow release.  "Slides" are two
+lecture decks, one on ResNet and one on HMR.  He et al., "Deep Residual Learning for Image
+Recognition", 2016, Table 1 and Eqs. (1) and (2), can be read in place of the first deck, and the
+paper in place of the second.
 
     image --ResNet--> feature --IEF x T--> Theta = [cam | pose | betas] --SMPL--> 3D --camera--> 2D
                                              |                                   |            |
                              25 discriminators (L_adv)                         L_3D       L_reproj
 
-Axes:  B images   T = 3 regression iterations   N = B*T bodies shown to the discriminators
-       C channels   H, W pixels   19 keypoints (first 14 = LSP)   24 joints = root + 23
+Axes:  B images   T = 3 regression iterations   N = B*T bodies that the discriminators judge
+       C channels   H, W pixels   19 keypoints (the first 14 are LSP's)   24 joints = root + 23
        85 = 3 + 72 + 10
-Letters with two meanings: the paper's K is the 23 joints in Sec. 3.1 and 3.3 and the keypoints
-       elsewhere; F is torch's functional in code, the residual function F(x) in the slides' words.
-Camera frame: x right, y DOWN, z away from the camera, metres.  SMPL's own frame is y up, so a
-person standing upright and facing the camera has root rotation Rx(pi).
+Two letters have two meanings.  K is the 23 joints in the paper's Sec. 3.1 and 3.3 and the number of
+       keypoints elsewhere.  F is torch's functional in code and the residual function on slides.
+Camera frame: x right, y DOWN, z away from the camera, in metres.  SMPL's own frame is y up, so a
+       person who stands upright and faces the camera has root rotation Rx(pi).
 2D: the square crop is [-1, 1] x [-1, 1]; pixel = (x + 1) * size / 2.
 
     python hmr.py            # the slides' table of ResNets, shapes and known values
@@ -24,7 +26,7 @@ person standing upright and facing the camera has root rotation Rx(pi).
 import argparse
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Callable, NamedTuple
 
 import torch
@@ -37,30 +39,33 @@ from smpl import SMPL, batch_rodrigues, exit_status, rot6d_to_rotmat, without_au
 # --------------------------------------------------------------------------------------------
 # 1. The image encoder (Sec. 3.4; slides: ResNet)
 #
-# The paper and official code use ResNet-50 v2 (pre-activation).  The slides, SPIN and most later
-# work use the post-activation network below, with torchvision's parameter names so that its
-# ImageNet weights load.  BatchNorm keeps torch's momentum of 0.1 for its running statistics;
-# the official code's decay of 0.997 would be 0.003, too slow for --small's 4,000 steps.
+# The paper and the official code use ResNet-50 v2 (pre-activation).  The slides, SPIN and most
+# later work use the post-activation network below.  Its parameters have torchvision's names, so
+# that torchvision's ImageNet weights load.  BatchNorm keeps torch's momentum of 0.1 for its running
+# statistics.  The official code's decay of 0.997 would be a momentum of 0.003, and --small's 4,000
+# steps are too few for it.
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# slides: the table.  depth: (bottleneck?, blocks in conv2_x .. conv5_x)
+# slides: the table.  depth: (bottleneck blocks?, number of blocks in conv2_x .. conv5_x)
 RESNETS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3)),
            101: (True, (3, 4, 23, 3)), 152: (True, (3, 8, 36, 3))}
 
 
-# Task 5: the residual block and its shortcut
 class Block(nn.Module):
-    """slides: y = F(x, {W_i}) + x.  Then the ReLU: it comes AFTER the addition in ResNet v1.
+    """slides: y = F(x, {W_i}) + x.  Then comes the ReLU: in ResNet v1 it follows the addition.
 
-    slides: a block that is to compute H(x) learns only F(x) := H(x) - x.  With zero weights in F it
-    is the identity (its input is non-negative, being a ReLU's output), which a plain block
-    (downsample None) would have to learn: the slides' constructed solution.
+    slides: a block that is to compute H(x) learns only F(x) := H(x) - x.  If the weights in F are
+    zero, the block is the identity, because its input is a ReLU's output and never negative.  A
+    plain block would have to learn the identity; the slides call this the constructed solution.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.residual(x)                                          # (B, C, h, w)
-        return F.relu(y if self.downsample is None else y + self.downsample(x))
+        # None stands for a plain block here, and for the identity in torchvision's code.
+        if self.downsample is not None:
+            y = y + self.downsample(x)      # slides: shortcut
+        return F.relu(y)
 
 
 class BasicBlock(Block):
@@ -76,7 +81,7 @@ class BasicBlock(Block):
         self.downsample = None if plain else shortcut(inputs, width, stride)
 
     def residual(self, x: Tensor) -> Tensor:
-        """F(x): (B, C, H, W) -> (B, width, H/stride, W/stride); no ReLU at its end."""
+        """F(x): (B, C, H, W) -> (B, width, H/stride, W/stride).  F ends without a ReLU."""
         return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))  # (B, width, h, w)
 
 
@@ -88,8 +93,8 @@ class Bottleneck(Block):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        # He et al. put a stage's stride into the first 1x1; torchvision into the 3x3 (slightly
-        # better and a little dearer, "v1.5"), and its weights expect it there.
+        # He et al. put a stage's stride into the first 1x1.  torchvision puts it into the 3x3,
+        # which is slightly better and a little dearer ("v1.5"), and its weights expect it there.
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
@@ -97,25 +102,44 @@ class Bottleneck(Block):
         self.downsample = None if plain else shortcut(inputs, 4 * width, stride)
 
     def residual(self, x: Tensor) -> Tensor:
-        """F(x): (B, C, H, W) -> (B, 4 * width, H/stride, W/stride); no ReLU at its end."""
+        """F(x): (B, C, H, W) -> (B, 4 * width, H/stride, W/stride).  F ends without a ReLU."""
         x = F.relu(self.bn1(self.conv1(x)))                           # (B, width, H, W)
         x = F.relu(self.bn2(self.conv2(x)))                           # (B, width, h, w): strided
         return self.bn3(self.conv3(x))                                # (B, 4 * width, h, w)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """slides: identity where dimensions agree, else the projection W_s: y = F(x) + W_s x."""
+    """slides: the identity where dimensions agree, else the projection W_s: y = F(x) + W_s x."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-# end of task
+
+
+def resnet_stages(depth: int, width: int, plain: bool) -> list[nn.Sequential]:
+    """slides: conv2_x .. conv5_x, each a row of blocks; stage k has width * 2^k inner channels."""
+    bottleneck, counts = RESNETS[depth]
+    block, channels, stages = Bottleneck if bottleneck else BasicBlock, width, []
+    for stage, count in enumerate(counts):
+        blocks = []
+        for i in range(count):
+            # The first block of a stage halves the picture; conv2_x follows the pool, which has.
+            stride = 2 if stage > 0 and i == 0 else 1
+            blocks.append(block(channels, width * 2 ** stage, stride, plain))
+            channels = width * 2 ** stage * block.expansion
+        stages.append(nn.Sequential(*blocks))
+    return stages
 
 
 class ResNet(nn.Module):
     """images (B, 3, H, W) -> feature (B, C), C = 512 * expansion * width / 64 (2048 for depth 50).
 
     depth 18|34|50|101|152; width 64 on the slides; plain: no shortcuts, the slides' degrading
-    network; num_classes: add torchvision's classifier `fc`, output (B, num_classes).
+    network; num_classes: adds torchvision's classifier `fc`, so that the output is
+    (B, num_classes).  Raises ValueError for another depth.
+
+    Five layers halve the resolution: conv1, the max pool, and the first block of layer2, layer3 and
+    layer4.  These three blocks have a projection as their shortcut.  In a bottleneck network the
+    first block of layer1 has one, too, at stride 1, because its channels grow from 64 to 256.
     """
 
     def __init__(self, depth: int = 50, width: int = 64, plain: bool = False,
@@ -123,22 +147,11 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in RESNETS:
             raise ValueError(f"depth must be one of {sorted(RESNETS)}, got {depth}")
-        bottleneck, blocks = RESNETS[depth]
-        block = Bottleneck if bottleneck else BasicBlock
         self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        # Task 6: ResNet's stages
-        channels = width
-        for stage, count in enumerate(blocks):       # slides: conv2_x .. conv5_x = layer1 .. layer4
-            outputs, units = width * 2 ** stage, []
-            for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1    # conv2_x follows the pool: no stride
-                units.append(block(channels, outputs, stride, plain))
-                channels = outputs * block.expansion
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*units))
-        # end of task
-        self.feature_dim = channels
-        self.fc = None if num_classes is None else nn.Linear(channels, num_classes)
+        self.layer1, self.layer2, self.layer3, self.layer4 = resnet_stages(depth, width, plain)
+        self.feature_dim = 8 * width * (Bottleneck if RESNETS[depth][0] else BasicBlock).expansion
+        self.fc = None if num_classes is None else nn.Linear(self.feature_dim, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):        # He init: keep the variance past a ReLU
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -147,7 +160,7 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))                           # (B, width, H/2, W/2)
         x = F.max_pool2d(x, 3, 2, padding=1)                          # (B, width, H/4, W/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))     # (B, C, H/32, W/32)
-        # global average pool; summed in float32 even when the convolutions ran in bf16
+        # The global average pool sums in float32 even when the convolutions ran in bf16.
         x = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))     # (B, C)
         return x if self.fc is None else self.fc(x)                   # (B, C or num_classes)
 
@@ -155,11 +168,11 @@ class ResNet(nn.Module):
 # --------------------------------------------------------------------------------------------
 # 2. The regressor: iterative error feedback, IEF (Sec. 3.2 and 3.4)
 #
-# Regressing rotations in one go is hard, so the network is shown its own estimate and asked for a
-# correction, T times, with the same weights:  Theta_{t+1} = Theta_t + DeltaTheta(phi, Theta_t).
+# It is hard to regress rotations in one go.  So the network sees its own estimate and is asked for
+# a correction, T times, with the same weights:  Theta_{t+1} = Theta_t + DeltaTheta(phi, Theta_t).
 
-# Theta = [cam 3 | pose 72 | betas 10], the official order.  The pose is what lies between the
-# other two, so that the 6D variant, Theta (B, 157) with pose (B, 144), splits as well.
+# Theta = [cam 3 | pose 72 | betas 10] is the official order.  POSE is what lies between the other
+# two, so that the 6D variant, Theta (B, 157) with pose (B, 144), can be split as well.
 CAM, POSE, BETAS = slice(0, 3), slice(3, -10), slice(-10, None)
 
 
@@ -174,52 +187,48 @@ def pose_to_rotmats(pose: Tensor) -> Tensor:
     return batch_rodrigues(pose) if pose.shape[-1] == 3 else rot6d_to_rotmat(pose)  # (B, 24, 3, 3)
 
 
-# Task 7: mean_theta
 def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
     """Theta-bar, where IEF starts: scale 0.9, a mean pose, upright, average shape -> (1, 85).
 
-    (1, 157) with rotation "6d", which makes every Theta below that long.
-    mean_pose (72,) in SMPL's frame.  Upright in a y-down camera means root = Rx(pi); all three
-    numbers of the root are set, as in the official code, which takes pose and shape from a file
-    of mean parameters; here the pose is the body file's `mean_pose` and the shape is 0.
+    mean_pose (72,) in SMPL's frame.  With rotation "6d" Theta-bar is (1, 157), and so is every
+    Theta that follows from it.  Upright in a y-down camera means that the root is Rx(pi); all three
+    numbers of the root are set, as in the official code.  The official code reads pose and shape
+    from a file of mean parameters; here the pose is the body file's `mean_pose`, the shape is 0.
     """
     pose = mean_pose.detach().cpu().clone().view(24, 3)               # (24, 3)
     pose[0] = torch.tensor([math.pi, 0, 0])
     if rotation == "6d":
         pose = batch_rodrigues(pose)[..., :2]       # (24, 3, 2), flattened: SPIN's interleaved 6D
-    cam = torch.tensor([0.9, 0.0, 0.0])                               # (3,)
+    cam = torch.tensor([0.9, 0.0, 0.0])
     return torch.cat([cam, pose.flatten(), torch.zeros(10)])[None]    # (1, 85 or 157)
-# end of task
 
 
 class Regressor(nn.Module):
     """feature (B, C) -> [Theta_1 .. Theta_T], each (B, 85).
 
-    Sec. 3.4: [phi, Theta] -> FC 1024 -> FC 1024 -> FC 85, "a dropout layer in between": the
-    official code has one after each hidden layer's ReLU.  SPIN lost these ReLUs.
-    3,321,941 parameters for C = 2048.  Theta-bar is a buffer; the official code trains it, so its
-    released mean differs from its own start (the paper does not mention this).
+    Sec. 3.4: [phi, Theta] -> FC 1024 -> FC 1024 -> FC 85, with "a dropout layer in between".  The
+    official code has a dropout after each hidden layer's ReLU.  (SPIN's regressor has no ReLUs:
+    they were lost when it was written anew.)  3,321,941 parameters for C = 2048.  Theta-bar is a
+    buffer.  The official code trains it, which the paper does not mention, so that the released
+    mean differs from the one that training started from.
     """
 
     def __init__(self, feature_dim: int, theta_bar: Tensor, iterations: int = 3,
                  dropout: float = 0.5):
         super().__init__()
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
         dim = theta_bar.shape[1]
         self.iterations, self.dropout = iterations, dropout
         self.fc1 = nn.Linear(feature_dim + dim, 1024)
         self.fc2 = nn.Linear(1024, 1024)
         self.fc3 = nn.Linear(1024, dim)
         for layer, gain in ((self.fc1, 1.0), (self.fc2, 1.0), (self.fc3, 0.1)):
-            # The small last layer (uniform within 0.0074) makes training start at Theta-bar.
-            # SPIN's gain is 0.01, a default nn.Linear would start with wild bodies.
+            # The small last layer (uniform within 0.0074) makes training start near Theta-bar.
+            # SPIN's gain is 0.01.  A default nn.Linear would start with wild bodies.
             nn.init.xavier_uniform_(layer.weight, gain=gain)
             nn.init.zeros_(layer.bias)
         self.register_buffer("theta_bar", theta_bar)                  # (1, 85)
 
     @without_autocast
-    # Task 8: IEF's loop
     def forward(self, feature: Tensor) -> list[Tensor]:
         theta = self.theta_bar.expand(len(feature), -1)               # (B, 85) Theta_0
         thetas = []
@@ -230,22 +239,19 @@ class Regressor(nn.Module):
             theta = theta + self.fc3(x)        # no detach: gradients run through all T iterations
             thetas.append(theta)
         return thetas
-    # end of task
 
 
 # --------------------------------------------------------------------------------------------
 # 3. The camera (Sec. 3.1, Eq. (2))
 
-# Task 9: project
 def project(points: Tensor, cam: Tensor) -> Tensor:
     """Weak perspective: points (B, P, 3) in metres, cam (B, 3) = s, tx, ty -> (B, P, 2) in [-1, 1].
 
-    The official code's s (X + t), with t in metres; the paper writes s Pi(R X) + t.  The two differ
-    wherever t is not 0: t_paper = s t.  R is already applied, as SMPL's root rotation.
+    This is the official code's s (X + t), with t in metres.  The paper writes s Pi(R X) + t.  The
+    two differ wherever t is not 0: t_paper = s t.  R is already applied, as SMPL's root rotation.
     """
     s, t = cam[:, None, :1], cam[:, None, 1:]                         # (B, 1, 1), (B, 1, 2)
     return s * (points[..., :2] + t)                                  # Eq. (2)
-# end of task
 
 
 # --------------------------------------------------------------------------------------------
@@ -261,12 +267,18 @@ class HMROutput(NamedTuple):
     vertices: Tensor | None   # (B, V, 3) camera frame, metres; on request
 
 
+def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Matrix products and convolutions in dtype (torch.bfloat16); with None all stays as it is."""
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
 class HMR(nn.Module):
     """images (B, 3, H, W), RGB in [0, 1] -> the T Thetas and the last one decoded (HMROutput).
 
     rotation: "axis-angle" as in the paper, Theta (B, 85), or "6d", Theta (B, 157).
-    amp: dtype for the encoder's mixed precision (torch.bfloat16) or None; the regressor, SMPL and
-    the losses stay in float32, where millimetres and small angles need it.
+    amp: dtype of the encoder's mixed precision (torch.bfloat16) or None.  The regressor, SMPL and
+    the losses stay in float32, because millimetres and small angles need it.
+    Raises ValueError for another rotation, and for images of another shape or dtype.
     """
 
     def __init__(self, smpl: SMPL, depth: int = 50, iterations: int = 3, width: int = 64,
@@ -279,7 +291,7 @@ class HMR(nn.Module):
         self.encoder = ResNet(depth, width, plain)
         theta_bar = mean_theta(smpl.mean_pose, rotation)              # (1, 85)
         self.regressor = Regressor(self.encoder.feature_dim, theta_bar, iterations, dropout)
-        # ImageNet statistics, for torchvision's weights; the official code scales to [-1, 1].
+        # torchvision's weights want ImageNet's statistics; the official code scales to [-1, 1].
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -293,7 +305,7 @@ class HMR(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> feature (B, C)."""
         images = (images - self.mean) / self.std                      # (B, 3, H, W)
-        with torch.autocast(images.device.type, self.amp) if self.amp else nullcontext():
+        with mixed_precision(images.device, self.amp):
             return self.encoder(images)                               # (B, C)
 
     @without_autocast
@@ -311,17 +323,18 @@ class HMR(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------
-# 5. The losses (Sec. 3.2).  The paper writes sums; the official code takes means over what is
-#    labelled, and the weights 60 / 60 / 1 only mean something together with these denominators.
+# 5. The losses (Sec. 3.2)
+#
+# The paper writes sums.  The official code takes means over what is labelled.  The official weights
+# 60, 60 and 1 are only meaningful together with the denominators below.
 
 RIGHT_HIP, LEFT_HIP, LSP = 2, 3, 14          # among the 19 keypoints; LSP's are the first 14
 
 
-# Task 10: keypoint_loss and masked_mean
 def masked_mean(difference: Tensor, mask: Tensor, penalty: Callable) -> Tensor:
-    """Mean penalty of the differences whose mask is not 0 (as TensorFlow counts); 0 if none is.
+    """Mean penalty of the differences whose mask is not 0 (as TensorFlow counts); 0 if all are.
 
-    The `where` comes before the penalty: a missing label may be NaN, and NaN * 0 is NaN.
+    `where` is applied before the penalty: a missing label may be NaN, and NaN * 0 is NaN.
     """
     mask = (mask != 0).expand_as(difference)
     error = penalty(torch.where(mask, difference, 0))                 # as `difference`
@@ -332,45 +345,39 @@ def keypoint_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
     """L_reproj = sum_i ||v_i (x_i - xhat_i)||_1: (B, 19, 2), (B, 19, 2), (B, 19) -> ().
 
     L1, as the equation and the code have it (Fig. 2's graphic shows a squared L2).  The mean is
-    over the visible coordinates of the whole BATCH: 2 * sum(v) of them, not per image.
+    over the visible coordinates of the whole BATCH, 2 * sum(v) of them, not per image.
     """
     return masked_mean(target - pred, visible[..., None], torch.abs)        # Eq. (3)
-# end of task
 
 
-# Task 11: joints3d_loss
-def center_hips(keypoints3d: Tensor) -> Tensor:
-    """Put the midpoint of the two hips at the origin: (B, 14+, 3) -> same.  Not SMPL's pelvis."""
-    # neighbours, so a slice: a list would be copied to a GPU, which waits for it
-    return keypoints3d - keypoints3d[:, RIGHT_HIP:LEFT_HIP + 1].mean(1, keepdim=True)
+def hip_midpoint(keypoints3d: Tensor) -> Tensor:
+    """The middle between the two hip keypoints: (B, 14+, 3) -> (B, 1, 3).  Not SMPL's pelvis."""
+    return keypoints3d[:, RIGHT_HIP:LEFT_HIP + 1].mean(1, keepdim=True)
 
 
 def joints3d_loss(pred: Tensor, target: Tensor, has_3d: Tensor) -> Tensor:
     """L_joints = ||X_i - Xhat_i||^2: (B, 19 or 14, 3) twice, metres; has_3d (B, 19 or 14) -> ().
 
-    The 14 LSP keypoints, each body centred at its own hips; 0.5 * mean over the labelled numbers,
-    42 of a body.  Without both hips there is no centre, so no label.
+    Both bodies are centred at their own hips.  The loss is 0.5 * mean over the labelled numbers, 42
+    of a body with all 14 LSP keypoints.  A body without both hips has no centre, so no label.
     """
-    error = center_hips(pred[:, :LSP]) - center_hips(target[:, :LSP])             # (B, 14, 3)
-    has_hips = has_3d[:, RIGHT_HIP:LEFT_HIP + 1].amin(1, keepdim=True)            # (B, 1)
-    has_3d = (has_3d[:, :LSP] * has_hips)[..., None]                  # (B, 14, 1)
-    return 0.5 * masked_mean(error, has_3d, torch.square)             # Eq. (5)
-# end of task
+    error = (pred - hip_midpoint(pred)) - (target - hip_midpoint(target))   # (B, 19 or 14, 3)
+    has_hips = has_3d[:, RIGHT_HIP:LEFT_HIP + 1].amin(1, keepdim=True)      # (B, 1)
+    labelled = (has_3d * has_hips)[..., None]                         # (B, 19 or 14, 1)
+    return 0.5 * masked_mean(error[:, :LSP], labelled[:, :LSP], torch.square)     # Eq. (5)
 
 
-# Task 12: smpl_loss
 def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_betas: Tensor,
               has_smpl: Tensor) -> Tensor:
     """L_smpl = ||[beta, theta] - [betahat, thetahat]||^2: (B, 24, 3, 3), (B, 10), twice -> ().
 
-    On rotation MATRICES, root included, as the official code does though Eq. (6) reads axis-angle:
-    r and r (1 - 2 pi / |r|) are the same rotation but far apart as vectors, and an upright person
-    facing the camera (|r| = pi) sits right where they jump.  0.5 * mean over (samples x 226).
+    The official code compares rotation MATRICES, root included, though Eq. (6) reads axis-angle.
+    The vectors r and r (1 - 2 pi / |r|) are the same rotation but far apart, and an upright person
+    who faces the camera (|r| = pi) sits right where they jump.  0.5 * mean over (samples x 226).
     """
     pred = torch.cat([rotmats.flatten(1), betas], 1)                  # (B, 226)
     target = torch.cat([target_rotmats.flatten(1), target_betas], 1)  # (B, 226)
     return 0.5 * masked_mean(pred - target, has_smpl[:, None], torch.square)     # Eq. (6)
-# end of task
 
 
 # --------------------------------------------------------------------------------------------
@@ -379,18 +386,22 @@ def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_bet
 class Discriminator(nn.Module):
     """rotmats (N, 23, 3, 3) without root, betas (N, 10) -> (N, 25) = [23 joints | all | shape].
 
-    SMPL's factorised form makes the adversary data-efficient and stable (slides): one network a
-    joint learns its limits, one for the whole pose how joints go together, one the shape.  Real
-    ones come from motion capture and need no picture; this is what replaces paired 3D.
-    Linear outputs: least squares pulls them to 0 and 1, no sigmoid although the paper writes [0,1].
+    The slides say that SMPL's factorised form makes the adversary data-efficient and stable.  One
+    network per joint learns this joint's limits, one for all joints learns how they go together,
+    and one learns the shape.  The real samples come from motion capture and need no picture.  This
+    is what replaces paired 3D labels.  The outputs are linear: least squares pulls them to 0 and 1,
+    and there is no sigmoid, although the paper writes [0, 1].
+    amp: dtype of the mixed precision (torch.bfloat16) or None; the outputs are float32.
+    Raises ValueError for other shapes.
     """
 
-    def __init__(self):
+    def __init__(self, amp: torch.dtype | None = None):
         super().__init__()
+        self.amp = amp
         self.embed1 = nn.Linear(9, 32)               # shared by all joints (Sec. 3.4: "common")
         self.embed2 = nn.Linear(32, 32)
-        self.joint_weight = nn.Parameter(torch.empty(23, 32))         # (23, 32), FC 32 to 1 each
-        self.joint_bias = nn.Parameter(torch.zeros(23))               # (23,)
+        self.joint_weight = nn.Parameter(torch.empty(23, 32))         # an FC 32 -> 1 for each joint
+        self.joint_bias = nn.Parameter(torch.zeros(23))
         self.all1 = nn.Linear(23 * 32, 1024)
         self.all2 = nn.Linear(1024, 1024)
         self.all3 = nn.Linear(1024, 1)
@@ -403,37 +414,35 @@ class Discriminator(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.uniform_(self.joint_weight, -math.sqrt(6 / 33), math.sqrt(6 / 33))    # Xavier, 32+1
 
-    # Task 13: the discriminators' heads
     def forward(self, rotmats: Tensor, betas: Tensor) -> Tensor:
         if rotmats.ndim != 4 or rotmats.shape[1:] != (23, 3, 3) or betas.shape[1:] != (10,):
             raise ValueError(f"expected rotmats (N, 23, 3, 3), the root left out, and betas (N, 10)"
                              f"; got {tuple(rotmats.shape)} and {tuple(betas.shape)}")
-        x = rotmats.flatten(2)                                        # (N, 23, 9) raw R, not R - I
-        x = F.relu(self.embed1(x))                                    # (N, 23, 32)
-        x = F.relu(self.embed2(x))                                    # (N, 23, 32)
-        per_joint = (x * self.joint_weight).sum(-1) + self.joint_bias             # (N, 23)
-        # Sec. 3.3 and the slides give this one R^{9K}; Sec. 3.4 and the code, the embedding.
-        y = F.relu(self.all1(x.flatten(1)))                           # (N, 1024)
-        y = self.all3(F.relu(self.all2(y)))                           # (N, 1)
-        z = F.relu(self.shape1(betas))                                # (N, 10)
-        z = self.shape3(F.relu(self.shape2(z)))                       # (N, 1)
-        return torch.cat([per_joint, y, z], 1)                        # (N, 25)
-    # end of task
+        with mixed_precision(betas.device, self.amp):
+            x = rotmats.flatten(2)                                    # (N, 23, 9) raw R, not R - I
+            x = F.relu(self.embed1(x))                                # (N, 23, 32)
+            x = F.relu(self.embed2(x))                                # (N, 23, 32)
+            per_joint = (x * self.joint_weight).sum(-1) + self.joint_bias         # (N, 23)
+            # Sec. 3.3 and the slides give this one R^{9K}; Sec. 3.4 and the code, the embedding.
+            y = F.relu(self.all1(x.flatten(1)))                       # (N, 1024)
+            y = self.all3(F.relu(self.all2(y)))                       # (N, 1)
+            z = F.relu(self.shape1(betas))                            # (N, 10)
+            z = self.shape3(F.relu(self.shape2(z)))                   # (N, 1)
+            return torch.cat([per_joint, y, z], 1)                    # (N, 25)
 
 
-# Task 14: the adversarial losses
 def sum_heads(error: Tensor) -> Tensor:
-    """sum_i E[..]: sum over the 25 discriminators, mean over the N bodies: (N, 25) -> ()."""
+    """sum_i E[..]: a sum over the 25 discriminators, a mean over the N bodies: (N, 25) -> ()."""
     return error.sum(1).mean()                                        # ()
 
 
 def encoder_adversarial_loss(fake: Tensor) -> Tensor:
     """L_adv(E) = sum_i E[(D_i(E(I)) - 1)^2]: D's outputs on predictions (N, 25) -> ().
 
-    E(I) is the Theta predicted from image I; its "error" (slides) is D's verdict on it, and through
-    that verdict the gradient reaches E.  D itself is held fixed here and learns by Eq. (8) alone.
-    N = B*T, so that every iteration weighs 1/T (the slides, read literally, add the T iterations
-    up: T times more).
+    E(I) is the Theta that the encoder predicts from image I.  The "encoder error" of the slides is
+    D's verdict on it: through this verdict the gradient reaches E.  D itself is held fixed here; it
+    learns by Eq. (8) alone.  The mean is over N = B*T bodies; a sum over the T iterations, as the
+    slides read literally, would be T times larger.
     """
     return sum_heads((fake - 1).square())                             # Eq. (7)
 
@@ -444,7 +453,6 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     `fake` must come from DETACHED predictions: D's step must not move the encoder.
     """
     return sum_heads((real - 1).square()) + sum_heads(fake.square())  # Eq. (8)
-# end of task
 
 
 # ============================================================================================
@@ -453,12 +461,12 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 def count_multiply_adds(network: ResNet, size: int = 224) -> int:
     """Multiply-adds of one picture through convolutions and classifier: the slides' "FLOPs"."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network.eval()(network.conv1.weight.new_zeros(1, 3, size, size))   # "meta": counts alone
-    return counter.get_total_flops() // 2         # a multiply-add is two of its operations
+        network.eval()(network.conv1.weight.new_zeros(1, 3, size, size))
+    return counter.get_total_flops() // 2         # torch counts a multiply-add as two operations
 
 
 def move_strides_to_1x1(network: ResNet) -> ResNet:
-    """As He et al. have it (see Bottleneck): for counting, in place; nothing is to be trained."""
+    """Put the strides where He et al. have them (see Bottleneck), in place, to count operations."""
     for block in network.modules():
         if isinstance(block, Bottleneck):
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
@@ -467,11 +475,10 @@ def move_strides_to_1x1(network: ResNet) -> ResNet:
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(description="Print shapes and known values of HMR.").parse_args(argv)
-    return exit_status("hmr.py", _demo)
+    return exit_status("hmr.py", demo)
 
 
-def _demo() -> None:
-    torch.manual_seed(0)
+def demo() -> None:
     print("slides' table, 1e9 multiply-adds at 224 px: stride on 1x1 | torchvision's | slides")
     for depth, slides in zip(RESNETS, (1.8, 3.6, 3.8, 7.6, 11.3)):
         network = ResNet(depth, num_classes=1000)
@@ -490,8 +497,6 @@ def _demo() -> None:
             ("discriminator parameters", f"{count[1]:,}", "1,807,619"),
             ("Thetas", [tuple(t.shape) for t in thetas], "three of (2, 85)"),
             ("root rotation's diagonal of Theta-bar", upright, "[1, -1, -1]: Rx(pi), upright"),
-            ("keypoints2d", tuple(out.keypoints2d.shape), "(2, 19, 2)"),
-            ("discriminators' outputs", tuple(scores.shape), "(2, 25)"),
             ("L_adv(E) if D says 0", encoder_adversarial_loss(0 * scores).item(), "25")]:
         print(f"  {what:38s} {got!s:38s} expected {expected}")
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as vision
 
 import train
-from data import draw_mesh, draw_points, save_png, side_view
-from hmr import LSP
+from data import draw_mesh, save_png, side_view
+from hmr import LSP, Discriminator, mixed_precision
 from smpl import SMPL, exit_status, say, write_atomically
 from train import GUESSES, MEASURES, Config, evaluation_pictures, flag, load_checkpoint, make_config
 
@@ -58,6 +58,7 @@ class WholeDiscriminator(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.amp = None                         # as `Discriminator`'s; train() sets it
         self.fc1 = nn.Linear(10 + 23 * 9, 1239)
         self.fc2 = nn.Linear(1239, 1239)
         self.fc3 = nn.Linear(1239, 1)
@@ -67,15 +68,9 @@ class WholeDiscriminator(nn.Module):
 
     def forward(self, rotmats: Tensor, betas: Tensor) -> Tensor:
         x = torch.cat([betas, rotmats.flatten(1)], 1)                 # (N, 217)
-        opinion = self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))     # (N, 1)
-        return opinion.expand(-1, 25)                                 # (N, 25)
-
-
-def whole_discriminator(config: Config) -> WholeDiscriminator:
-    """Initialised after the same draws as the 25 would be: E starts alike in all variants."""
-    torch.manual_seed(config.seed)
-    train.build(config, SMPL(config.smpl or None))
-    return WholeDiscriminator()
+        with mixed_precision(betas.device, self.amp):
+            opinion = self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))             # (N, 1)
+        return opinion.float().expand(-1, 25)                         # (N, 25)
 
 
 # --------------------------------------------------------------------------------------------
@@ -98,15 +93,17 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
                              f"{', '.join(variants)}")
     for name in sorted(set(given) & set().union(*variants.values())):
         raise ValueError(f"{flag(name)}: the variants differ in it; leave it out")
-    if "data" in given:
-        raise ValueError("--data: the variants are compared on drawn people; leave it out")
     if not 1 <= args.seeds <= 1000:
         raise ValueError(f"--seeds: expected 1 to 1000, got {args.seeds}")
     if not paper and given.get("adv"):
         raise ValueError("--adv: degradation compares one loss, without the adversary; leave it "
                          "out")
-    preset = train.small_preset(given) if paper else train.small_preset(given, DEGRADATION,
-                                                                        DEGRADATION_CPU)
+    preset = train.small_preset(given)
+    if not paper:
+        changes = DEGRADATION | (DEGRADATION_CPU if preset["steps"] == train.SMALL_CPU["steps"]
+                                 else {})
+        say(f"degradation changes: {', '.join(f'{k} {v}' for k, v in changes.items())}")
+        preset |= changes
     out, first = Path(given.get("out", f"runs/{kind}")), given.get("seed", 0)
     names_in_order = list(variants)
 
@@ -153,8 +150,7 @@ def require_same_settings(config: Config) -> None:
         return
     for f in dataclasses.fields(Config):
         now, then = getattr(config, f.name), stored.get(f.name, f.default)
-        then = tuple(then) if isinstance(then, list) else then        # JSON has no tuples
-        free = ("device", "out", "log_every", "picture_every", "save_every")
+        free = ("device", "out", "log_every", "picture_every")
         if now != then and f.name not in free:
             raise ValueError(f"--out {folder.parent}: {folder.name} was trained with "
                              f"{flag(f.name)} {then}, now it is {now}; give the same "
@@ -180,7 +176,7 @@ def train_or_go_on(name: str, config: Config) -> None:
     if not path.is_file():                      # the log of a run without a checkpoint helps nobody
         path.with_name("log.csv").unlink(missing_ok=True)
     train.train(config, load_checkpoint(path) if path.is_file() else None,
-                whole_discriminator(config) if name == "whole" else None)
+                make_D=WholeDiscriminator if name == "whole" else Discriminator)
 
 
 # --------------------------------------------------------------------------------------------
@@ -274,7 +270,7 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
         train.train_step(model.train(), None, still, None, batch, None, config)   # adv is off
         return model.encoder.conv1.weight.grad.norm().item()
     before, responses = gradient(), []
-    train.fill(checkpoint, {"model": model})
+    train.restore(checkpoint, {"model": model})
     for name, layer in model.encoder.named_modules():
         if name.startswith("layer") and name.rpartition(".")[2] in ("bn1", "bn2"):
             layer.register_forward_hook(lambda _, i, y: responses.append(y.float().std().item()))
@@ -384,6 +380,18 @@ def compare(path: str | Path, image: Tensor, sharp: Tensor, keypoints2d: Tensor,
                                   ImageFont.load_default(20), anchor="mm")
     rows = [vision.pil_to_tensor(head) / 255, *torch.cat(parts, 3).cpu()]
     save_png(path, torch.cat(rows, 1))
+
+
+def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: float = 2,
+                filled: bool = True) -> Tensor:
+    """Discs, or circles if not filled, at keypoints2d (K, 2) in [-1, 1] on image (3, H, W)."""
+    size = image.shape[-1]
+    p = torch.arange(size, device=image.device) + 0.5                 # (W,)
+    for x, y in ((keypoints2d + 1) * size / 2).tolist():
+        distance = ((p[None] - x) ** 2 + (p[:, None] - y) ** 2).sqrt()            # (H, W)
+        mask = distance <= radius if filled else (distance - radius).abs() <= 0.8
+        image = torch.where(mask, image.new_tensor(color)[:, None, None], image)
+    return image
 
 
 def draw_chart(title: str, x_label: str, lines: list, size: tuple[int, int] = (640, 420)) -> Tensor:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import train
+from data import seed_of
 from hmr import Discriminator
 from smpl import PARENTS, SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_status
 
@@ -69,12 +70,12 @@ def bench_steps(config: train.Config, smpl: SMPL) -> dict:
     torch.manual_seed(config.seed)
     model, D = train.build(config, smpl), Discriminator().to(config.device)
     world = train.training_world(config, smpl)
-    lr = config.lr_scratch if config.pretrained == "none" else config.lr
-    opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)
+    D.amp = model.amp
+    opt_E = torch.optim.Adam(model.parameters(), config.lr, fused=True)
     opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
-    with contextlib.redirect_stdout(None):                            # without its header
-        endless = dataclasses.replace(config, steps=2 ** 62, log_every=2 ** 62, out=".")
-        log = train.Log(endless, lr)                                  # writes nothing
+    with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as out:  # no header
+        endless = dataclasses.replace(config, steps=2 ** 62, log_every=2 ** 62, out=out)
+        log = train.Log(endless)                                      # never comes to a line
     model.train(), D.train()
     n, numbers = config.iterations * world.batch_size, itertools.count()
     fixed, without_D = (world.batch(0), world.motion(n, 0)), dataclasses.replace(config, adv=False)
@@ -88,10 +89,11 @@ def bench_steps(config: train.Config, smpl: SMPL) -> dict:
         number = next(numbers) if stage >= 4 else 0
         batch, motion = (world.batch(number), world.motion(n, number)) if stage >= 4 else fixed
         if stage == 5:
-            for optimizer, rate in ((opt_E, lr), (opt_D, config.lr_d)):
+            for optimizer, rate in ((opt_E, config.lr), (opt_D, config.lr_d)):
                 optimizer.param_groups[0]["lr"] = rate * train.lr_factor(number, config)
+            torch.manual_seed(seed_of(config.seed, number, 0))
             losses = train.train_step(model, D, opt_E, opt_D, batch, motion, config)
-            return log.add(number, losses, False)
+            return log.add(number, losses)
         if stage < 2:
             feature = model.encode(batch.image)                       # (B, C)
             out = feature if stage == 0 else torch.cat(model.regressor(feature))

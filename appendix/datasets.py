@@ -1,21 +1,24 @@
 """Real data for HMR: joint orders, crops, readers of the published formats, batches, measures.
 
-The loop of train.py asks its world for `batch(step)` and `motion(n, step)`; with --data the world
-is RealPeople, below, and with --eval .. --data the measures are `evaluate`'s.  Without --data no
-chapter needs this file.  Sec. 3.4 and 4.1; official data_loader and converters; SPIN's files.
+    python -m appendix.datasets orders      # the table of joint orders
+    python -m appendix.datasets train --data coco:ANNOTATIONS.json@IMAGES spin:FILE.npz@IMAGES \
+        lsp:DIR --mocap AMASS [flags of train.py]
+    python -m appendix.datasets measure CHECKPOINT --data spin:h36m_valid_protocol1.npz@IMAGES
+
+`train` is train.py's command with another world: the loop there asks its world for `batch(step)`
+and `motion(n, step)`, and here the world is RealPeople, below.  No chapter needs this file.
+Sec. 3.4 and 4.1; official data_loader and converters; SPIN's files.
 
 Axes:  N people of a data set   B pictures of a batch   H, W pixels of a picture   V vertices
        size = 224 pixels of a crop   19 keypoints   24 joints: SMPL's in pose and rotmats, SPIN's
        "J24" in S and part   M recorded frames   P joints that are compared
 2D as everywhere: crop coordinates in [-1, 1]; a picture's pixel i covers [i, i + 1).  Annotations
 that count whole pixels get + 0.5 where they are read, MATLAB's, which count from 1, - 0.5.
-
-    python -m appendix.datasets      # the table of joint orders
-    python train.py --data coco:ANNOTATIONS.json@IMAGES spin:FILE.npz@IMAGES lsp:DIR --mocap AMASS
-    python train.py --eval CHECKPOINT --data spin:h36m_valid_protocol1.npz@IMAGES
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import os
@@ -34,7 +37,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as vision
 
-from data import CROPS, Batch, SyntheticPeople, load_mocap
+import train
+from appendix.spin import load_network
+from data import CROPS, Batch, SyntheticPeople, load_mocap, seed_of
 from hmr import LEFT_HIP, LSP, RIGHT_HIP, HMR
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, SMPL, batch_rodrigues,
                   exit_status, printable, say)
@@ -612,7 +617,9 @@ def leave_ctrl_c_to_main(worker: int) -> None:
 
 
 class RealPeople:
-    """--data: photographs with labels in SyntheticPeople's place, for train.py's loop.
+    """Photographs with labels in SyntheticPeople's place, for train.py's loop.
+
+    options: data, mix, mocap and workers of the command line.
 
     batch(step) and motion(n, step) are functions of (seed, step, rank) alone, whatever --workers
     says.  Half a batch comes from data sets with 3D labels and half from those without, where both
@@ -620,31 +627,32 @@ class RealPeople:
     hides all 3D.  Raises ValueError, FileNotFoundError.
     """
 
-    def __init__(self, config: Config, smpl: SMPL, rank: int = 0, ranks: int = 1):
-        if config.joint_regressor or config.smpl_genders:
-            raise ValueError("--joint-regressor, --smpl-genders: only for --eval; leave them out")
-        sets = [read_people(text) for text in config.data]
+    def __init__(self, config: Config, smpl: SMPL, options: argparse.Namespace):
+        rank, ranks = train.rank_and_ranks()
+        sets = [read_people(text) for text in options.data]
         if not config.paired:
             sets = [found._replace(S=None, has_smpl=0 * found.has_smpl) for found in sets]
-        self.batch_size, share = config.batch // ranks, shares(sets, config.mix)
+        self.batch_size, share = config.batch // ranks, shares(sets, options.mix)
         print_people(sets, share)
         limbs = [JOINT_NAMES.index(name) for name in KEYPOINT_NAMES[:13]]
         if torch.equal(smpl.cocoplus_regressor[:13], smpl.J_regressor[limbs]):
             say(f"{smpl.name}: its 19 keypoints are SMPL's joints and six vertices, not what HMR's "
                 f"regressor makes of the skin; hips, neck and ankles are not where people click")
-        if len(smpl.v_template) != 6890 and (config.mocap or any(x.has_smpl.any() for x in sets)):
+        if len(smpl.v_template) != 6890 and (options.mocap or any(x.has_smpl.any() for x in sets)):
             say(f"{smpl.name} is not SMPL's mesh: the betas of --data and --mocap mean something "
                 f"else on it; name SMPL's file by --smpl")
-        if config.mocap:
-            frames, self.betas = read_amass(Path(config.mocap))
+        if options.mocap:
+            frames, self.betas = read_amass(Path(options.mocap))
         else:
             frames, self.betas = load_mocap(config.upright, False, config.validate), None
             say("no --mocap: the adversary knows the open clips' motion, and betas ~ N(0, 1)")
         self.pool = SyntheticPeople(smpl, frames, self.batch_size, config.size, seed=config.seed,
-                                    rank=rank, mix=not config.mocap)
+                                    rank=rank, mix=not options.mocap)
         pictures = Pictures(sets, config.size, config.crop, self.batch_size, share, config.seed,
                             rank)
-        self.stream, self.last = Stream(pictures, config.workers, self.pool.device), (-1, None)
+        self.stream, self.last = Stream(pictures, options.workers, self.pool.device), (-1, None)
+        self.name = name_of(sets, share, f"{len(frames):,} frames of "
+                            f"{'AMASS' if options.mocap else 'the open clips'}")
 
     def batch(self, step: int) -> Batch:
         """The step-th batch; asked for again at once, it is not read again (--overfit)."""
@@ -659,11 +667,20 @@ class RealPeople:
         """
         rotmats, betas = self.pool.motion(n, step)
         if self.betas is not None:
-            rows = torch.randint(len(self.betas), (n,), generator=torch.Generator().manual_seed(
-                int(np.random.SeedSequence([self.pool.seed, step, self.pool.rank, 2])
-                    .generate_state(1)[0])))
+            rng = torch.Generator().manual_seed(seed_of(self.pool.seed, step, self.pool.rank, 2))
+            rows = torch.randint(len(self.betas), (n,), generator=rng)            # (n,)
             betas = self.betas[rows].to(betas.device)                 # (n, 10)
         return rotmats, betas
+
+
+def name_of(sets: list[People], share: np.ndarray, motion: str) -> str:
+    """What a world of photographs is made of: kinds, counts and the pictures' names, but no folders,
+    since a folder that has moved does not make other data.  A checkpoint keeps it."""
+    names = hashlib.sha256(b"\n".join(b"".join([*found.image]) for found in sets)).hexdigest()
+    kinds = ", ".join(f"{found.name.partition(':')[0]} {len(found.image):,} people {part:.1%}"
+                      for found, part in zip(sets, share))
+    return (f"photographs ({kinds}; names {names[:12]}; {motion}; `python -m appendix.datasets "
+            f"train`)")
 
 
 def has_3d_labels(found: People) -> bool:
@@ -760,11 +777,12 @@ def errors_of(points: Tensor, true: Tensor) -> dict[str, Tensor]:
 class Truth:
     """Whom a data set's people are compared with: bodies of their gender, and measured joints."""
 
-    def __init__(self, found: People, config: Config, smpl: SMPL, regressor: Tensor | None):
+    def __init__(self, found: People, options: argparse.Namespace, smpl: SMPL,
+                 regressor: Tensor | None):
         if not has_3d_labels(found):
             raise ValueError(f"--data {found.name}: has neither S nor pose; nothing to measure by")
         self.found, self.regressor, self.bodies = found, regressor, {b"": smpl}
-        for gender, path in zip((b"m", b"f"), config.smpl_genders):
+        for gender, path in zip((b"m", b"f"), options.smpl_genders):
             self.bodies[gender] = SMPL(path).to(smpl.v_template.device)
             if self.bodies[gender].v_template.shape != smpl.v_template.shape:
                 raise ValueError(f"--smpl-genders {path}: not the mesh of --smpl; name SMPL's")
@@ -772,10 +790,10 @@ class Truth:
         self.P = 13 if self.from_S and regressor is None else 14
         hips = "root the hips' middle"
         self.joints = (
-            f"14 joints by {Path(config.joint_regressor).name}, root its pelvis" if regressor is not
+            f"14 joints by {Path(options.joint_regressor).name}, root its pelvis" if regressor is not
             None else f"13 of LSP's joints, no head, by {smpl.name}, {hips}" if self.from_S else
             f"LSP's 14 joints, both bodies' own, {hips}")
-        self.body = "male and female bodies" if config.smpl_genders else f"{smpl.name} for all"
+        self.body = "male and female bodies" if options.smpl_genders else f"{smpl.name} for all"
 
     def __call__(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> joints (B, P, 3), whether known (B,), vertices (B, V, 3), whether known (B,)."""
@@ -795,12 +813,13 @@ class Truth:
 
 
 @torch.no_grad()
-def measure(model: HMR, config: Config, found: People, regressor: Tensor | None) -> dict:
+def measure(model: HMR, config: Config, options: argparse.Namespace, found: People,
+            regressor: Tensor | None) -> dict:
     """One data set: each iteration's measures, averaged over frames -> what `evaluate` prints."""
-    truth = Truth(found, config, model.smpl, regressor)
+    truth = Truth(found, options, model.smpl, regressor)
     # SPIN's network comes with a crop of its own
     pictures = InOrder([found], config.size, "spin" if hasattr(model, "crop") else config.crop)
-    stream = Stream(pictures, config.workers, model.smpl.v_template.device)
+    stream = Stream(pictures, options.workers, model.smpl.v_template.device)
     errors, skins = [], []                                            # per batch, T of each
     for n in range(math.ceil(len(found.image) / pictures.batch)):
         batch, rows = stream(n)
@@ -830,24 +849,21 @@ def measure(model: HMR, config: Config, found: People, regressor: Tensor | None)
     return result
 
 
-def evaluate(model: HMR, config: Config) -> list[dict]:
-    """--eval .. --data: measure on each data set and print, a line a measure, with its protocol.
+def evaluate(model: HMR, config: Config, options: argparse.Namespace) -> list[dict]:
+    """Measure on each data set and print, a line a measure, with its protocol.
 
     model: HMR, or what has its forward, decode and smpl (with a `crop`: SPIN, whose boxes are cut
-    out as they are in its files).  In float32.  Raises ValueError, FileNotFoundError.
+    out as they are in its files).  options: data, joint_regressor, smpl_genders and workers of the
+    command line.  In float32.  Raises ValueError, FileNotFoundError.
     """
     model.eval().amp = None
-    if config.mix or config.mocap:
-        raise ValueError("--mix, --mocap: only for training; --eval measures every --data whole")
-    if config.smpl_genders and len(config.smpl_genders) != 2:
-        raise ValueError("--smpl-genders: expected two files, the MALE and the FEMALE body")
     smpl, results = model.smpl, []
-    regressor = load_joint_regressor(config.joint_regressor, len(smpl.v_template))
+    regressor = load_joint_regressor(options.joint_regressor, len(smpl.v_template))
     regressor = None if regressor is None else regressor.to(smpl.v_template.device)
-    for text in config.data:
+    for text in options.data:
         found = read_people(text)
         say(printable(f"{found.name}: {len(found.image):,} people, {reasons(found)}"))
-        results.append(measure(model, config, found, regressor))
+        results.append(measure(model, config, options, found, regressor))
         print_measures(results[-1])
     return results
 
@@ -873,7 +889,7 @@ def print_measures(result: dict) -> None:
 
 
 # ============================================================================================
-# Not needed to understand HMR: the table of joint orders.
+# Not needed to understand HMR: the table of joint orders, the command line.
 
 def print_orders() -> None:
     say("   " + "".join(f"{name:18s}" for name in ORDERS))
@@ -882,10 +898,53 @@ def print_orders() -> None:
                                  for order in ORDERS.values()))
 
 
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="+", required=True, metavar="KIND:FILE@IMAGES",
+                        help="data sets: coco:FILE@IMAGES, spin:FILE@IMAGES or lsp:DIR, several")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load pictures [2]")
+
+
+def run(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m appendix.datasets", allow_abbrev=False,
+                                     description="Train HMR on photographs, or measure it there.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("orders", help="table of the data sets' joint orders")
+    one = commands.add_parser("train", help="training on photographs", allow_abbrev=False,
+                              epilog="All other flags are train.py's: python train.py --help")
+    add_source(one)
+    one.add_argument("--mix", nargs="+", type=float, default=(), metavar="WEIGHT",
+                     help="weights of --data, one each (default: half 2D, half 3D, each by size)")
+    one.add_argument("--mocap", default="", metavar="DIR",
+                     help="AMASS folder for the adversary (default: the open clips)")
+    two = commands.add_parser("measure", help="measures of a network on data sets with 3D labels",
+                              allow_abbrev=False)
+    two.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's, or SPIN's published weights")
+    add_source(two)
+    two.add_argument("--smpl", default="", metavar="FILE", help="body file (default: the run's)")
+    two.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                     help="device [auto]")
+    two.add_argument("--joint-regressor", default="", metavar="FILE",
+                     help="J_regressor_h36m.npy, for the field's 14 joints")
+    two.add_argument("--smpl-genders", nargs=2, default=(), metavar=("MALE", "FEMALE"),
+                     help="body files of the two sexes, where the data tell them apart")
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "orders":
+        return print_orders()
+    if options.workers < 0:
+        raise ValueError(f"--workers {options.workers}: expected 0 or more")
+    if options.command == "train":
+        if "--eval" in rest:
+            raise ValueError("--eval: measure on photographs by `python -m appendix.datasets "
+                             "measure CHECKPOINT --data ..`")
+        return train.run(rest, make_world=functools.partial(RealPeople, options=options))
+    model, _, config = load_network(options.checkpoint, options.smpl, options.device)
+    evaluate(model, config, options)
+
+
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m appendix.datasets",
-                            description="Print the joint orders of the data sets.").parse_args(argv)
-    return exit_status("datasets.py", print_orders)
+    return exit_status("appendix.datasets", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
     python -m appendix.exercises figures              # the pictures that the questions ask about
     python -m appendix.exercises check [--all]        # the round trip: blank, solved, three tasks
 
-A task is what stands between `# Task 9: project` and `# end of task` in a chapter.  `write` leaves
-docstring, signature and the comments that state the problem, and puts a NotImplementedError for the
-rest.  `grade` takes the same lines out of a student's file and grafts them, one task at a time,
-into the PROJECT's files: each task is judged alone, by the project's tests and by inputs of the
+A task is one or several functions of a chapter, found by name.  `write` leaves their docstrings,
+signatures and the comments that state the problem, puts a NotImplementedError for the rest, and
+marks each function by `# Task 9: project` and `# end of task`.  `grade` takes what stands between
+these two lines out of a student's file and grafts it, one task at a time, into the PROJECT's files: each task is judged alone, by the project's tests and by inputs of the
 grader's own, in a process of its own with limits of time and memory.  It is made for honest work
 and its accidents (endless loops, exits, broken files), not against an attacker who knows it: grade
 strangers in a container.
@@ -39,9 +39,9 @@ from smpl import exit_status, printable, write_atomically
 
 class Task(NamedTuple):
     number: int
-    title: str                    # as in its marker
+    title: str
     file: str
-    functions: tuple[str, ...]    # whose bodies are cut; or the one in which the task's lines stand
+    functions: tuple[str, ...]    # whose bodies are cut
     points: int
     where: str                    # in the paper or on the slides
     text: str                     # what to write
@@ -76,7 +76,7 @@ TASKS = (
          ("test_zero_input_returns_the_template_and_the_root_turns_about_joint_0",
           "test_joints_depend_on_betas_but_not_on_pose_blend_shapes",
           "test_lbs_equals_a_slow_loop", "test_lbs_gradients"),
-         ("1. Shape", "2. Joints of THIS", "3. Pose blend shapes", "4. Kinematic chain",
+         ("1. Shape", "2. The joints of THIS", "3. Pose blend shapes", "4. Kinematic chain",
           "5. Skinning: each vertex")),
     Task(5, "the residual block and its shortcut", "hmr.py", ("Block.forward", "shortcut"), 5,
          "slides: y = F(x) + x",
@@ -87,9 +87,8 @@ TASKS = (
          ("test_a_residual_block_with_zero_weights_is_the_identity",
           "test_the_slides_constructed_solution", "test_resnet_equals_torchvisions[18]",
           "test_resnet_equals_torchvisions[50]")),
-    Task(6, "ResNet's stages", "hmr.py", ("ResNet.__init__",), 6, "slides: the table",
-         "The four stages conv2_x to conv5_x as self.layer1 to self.layer4, each an "
-         "nn.Sequential of blocks; `channels` must be what the last stage puts out.",
+    Task(6, "ResNet's stages", "hmr.py", ("resnet_stages",), 6, "slides: the table",
+         "The four stages conv2_x to conv5_x, each an nn.Sequential of blocks.",
          "the encoder's number of features, and a picture alone",
          ("test_resnets_options", "test_resnet_equals_torchvisions[18]",
           "test_resnet_equals_torchvisions[50]", "test_multiply_adds_are_the_slides")),
@@ -116,7 +115,7 @@ TASKS = (
          "the loss against a loop over visible points",
          ("test_reprojection_loss", "test_nothing_labelled_costs_nothing_and_gives_no_nan",
           "test_what_a_mask_hides_may_be_anything", "test_the_losses_are_the_official_codes")),
-    Task(11, "joints3d_loss", "hmr.py", ("center_hips", "joints3d_loss"), 5, "Eq. (5)",
+    Task(11, "joints3d_loss", "hmr.py", ("hip_midpoint", "joints3d_loss"), 5, "Eq. (5)",
          "L_joints, of bodies that are centred at their own hips.",
          "the loss against a loop over 14 keypoints of the labelled bodies",
          ("test_3d_joint_loss", "test_what_a_mask_hides_may_be_anything",
@@ -143,14 +142,14 @@ TASKS = (
          ("test_a_mirrored_pose_is_the_mirrored_body",)),
     Task(16, "train_step", "train.py", ("train_step",), 7, "Eqs. (1), (4)",
          "One step of both players, first D, then E: which iteration gets which loss, what is "
-         "detached, what is held fixed.  `low` is only needed for bf16.",
+         "detached, what is held fixed.",
          "what the losses and optimisers of two real steps are given, and in which order",
          ("test_the_loop_gives_every_loss_and_optimiser_its_own",
           "test_gradients_do_not_leak_between_encoder_and_discriminators",
           "test_a_whole_step_is_the_official_codes",
           "test_without_an_adversary_d_is_left_alone"),
          ('slides: "if t = T', "---- (1) update D", "---- (2) update E", "The paper's one lambda",
-          "labels, is each loss's mask")),
+          "labels; here each loss has")),
     Task(17, "compute_similarity_transform", "train.py", ("compute_similarity_transform",), 5,
          "Sec. 4.1",
          "Procrustes: the best scale, proper rotation and shift of each body onto another.",
@@ -163,28 +162,34 @@ TASKS = (
 
 
 # --------------------------------------------------------------------------------------------
-# Markers: a task's lines in a chapter
+# A task's functions: by name in a chapter, by markers in a student's file (which may not parse)
 
-BEGIN = re.compile(r"[ \t]*# Task (\d+)\b")
+BEGIN = re.compile(r"[ \t]*# Task (\d+): ([\w.]+)[ \t]*")
 END = re.compile(r"[ \t]*# end of task[ \t]*")
 
 
-def regions(lines: list[str]) -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
-    """Lines of a file -> {task: (first, last + 1) of its lines, without the markers}, {task: what
-    is wrong with its markers}.  A marker that is missing costs its own task only."""
-    found, wrong, open_task = {}, {}, None
+def regions(lines: list[str]) -> tuple[dict, dict]:
+    """A student's lines -> {(task, function): (first, last + 1), without the markers}, {(task,
+    function): what is wrong with its markers}.  A marker that is missing costs its own task only."""
+    found, wrong, open_part = {}, {}, None
     for i, line in enumerate(lines):
-        if begin := BEGIN.match(line):
-            if open_task:
-                wrong[open_task] = "no '# end of task' after its lines"
-            open_task, first = int(begin[1]), i + 1
-            if open_task in found or open_task in wrong:
-                wrong[open_task] = "its marker stands twice"
-        elif END.fullmatch(line) and open_task:
-            found[open_task], open_task = (first, i), None
-    if open_task:
-        wrong[open_task] = "no '# end of task' after its lines"
-    return {task: span for task, span in found.items() if task not in wrong}, wrong
+        if begin := BEGIN.fullmatch(line):
+            if open_part:
+                wrong[open_part] = "no '# end of task' after its lines"
+            open_part, first = (int(begin[1]), begin[2]), i + 1
+            if open_part in found or open_part in wrong:
+                wrong[open_part] = "its marker stands twice"
+        elif END.fullmatch(line) and open_part:
+            found[open_part], open_part = (first, i), None
+    if open_part:
+        wrong[open_part] = "no '# end of task' after its lines"
+    return {part: span for part, span in found.items() if part not in wrong}, wrong
+
+
+def span(function: ast.FunctionDef) -> tuple[int, int]:
+    """Lines (first, last + 1) of a chapter's function, its decorators included."""
+    return min([function, *function.decorator_list], key=lambda n: n.lineno).lineno - 1, \
+        function.end_lineno
 
 
 def read_lines(path: Path) -> list[str]:
@@ -211,14 +216,10 @@ def functions(text: str) -> dict[str, ast.FunctionDef]:
 
 
 def cuts(task: Task, lines: list[str]) -> list[tuple[int, int, str]]:
-    """Which lines of the chapter a student has to write: [(first, last + 1, whose)]."""
-    begin, end = regions(lines)[0][task.number]
+    """Which lines of the chapter a student has to write: [(first, last + 1, function)]."""
     found, known = [], functions("\n".join(lines))
     for name in task.functions:
         node = known[name]
-        if node.lineno - 1 < begin:                       # the marked lines are part of a function
-            found.append((begin, end, task.title))
-            continue
         stays = [isinstance(n, ast.Expr) or isinstance(n, ast.If) and isinstance(
             n.body[0], ast.Raise) for n in node.body]     # the docstring, then checks of the input
         n = stays.index(False)
@@ -244,18 +245,16 @@ def kept_comments(task: Task, lines: list[str]) -> list[str]:
 def blank(file: str) -> tuple[str, list[str]]:
     """A chapter as it is handed out, and the code lines that were removed from it."""
     lines = read_lines(HERE / file)
-    spans, wrong = regions(lines)
-    replaced, removed = {}, []
+    known, replaced, removed = functions("\n".join(lines)), {}, []
     for task in TASKS:
-        if task.file != file:
-            continue
-        if task.number not in spans:
-            raise ValueError(f"{file}: Task {task.number}: {wrong.get(task.number, 'no marker')}")
-        for first, last, whose in cuts(task, lines):
-            pad = " " * (len(lines[first]) - len(lines[first].lstrip()))
+        for first, last, name in cuts(task, lines) if task.file == file else ():
+            begin, _ = span(known[name])
+            outer, pad = (" " * (len(lines[i]) - len(lines[i].lstrip())) for i in (begin, first))
             kept = [pad + comment for comment in kept_comments(task, lines[first:last])]
-            what = f'"Task {task.number}, {task.where}: {whose}"'
-            replaced[first] = last, [*kept, f"{pad}raise NotImplementedError({what})"]
+            what = f'"Task {task.number}, {task.where}: {name}"'
+            replaced[begin] = last, [f"{outer}# Task {task.number}: {name}", *lines[begin:first],
+                                     *kept, f"{pad}raise NotImplementedError({what})",
+                                     f"{outer}# end of task"]
             removed += [code for line in lines[first:last] if (code := code_of(line))]
     result, i = [], 0
     while i < len(lines):
@@ -314,14 +313,15 @@ RULES = """\
 # Exercises
 
 Four chapters, `smpl.py`, `hmr.py`, `data.py`, `train.py`, from which {n} pieces are missing; the
-paper is Kanazawa et al., "End-to-end Recovery of Human Shape and Pose", CVPR 2018.  Each task is
-marked by `# Task 9: ..` and `# end of task`: replace the line that raises NotImplementedError.
+paper is Kanazawa et al., "End-to-end Recovery of Human Shape and Pose", CVPR 2018.  Each function
+of a task is marked by `# Task 9: project` and `# end of task`: replace the line that raises
+NotImplementedError.
 
     pip install -r requirements.txt
     pytest -x test_hmr.py                 # in the paper's order; read the failure
     pytest test_hmr.py -k projection      # one task's tests
 
-- Hand in the four files.  Only what stands between a task's two markers is graded: put helpers and
+- Hand in the four files.  Only what stands between a function's two markers is graded: put helpers and
   imports there, too (what the four chapters import is there to use, nothing else), and leave the
   markers as they are.
 - Each task is graded alone, beside the right solution of all others: nothing is lost by a gap
@@ -329,7 +329,6 @@ marked by `# Task 9: ..` and `# end of task`: replace the line that raises NotIm
   `test_hmr.py`'s; a task's points are given for all of them together.
 - Docstrings give shapes, units and frames.  Mark the line that computes an equation by its tag,
   `# Eq. (3)`, at the line's end; a test reads them (no points).
-- `--data` and other options that need the folder `appendix/` say so; no task needs it.
 """
 
 
@@ -379,10 +378,9 @@ QUESTIONS = (
         "loses volume. The pose blend shapes add what is missing: they are learnt offsets, "
         "linear in R - I."),
     Question(
-        "smpl.py", "The last two bodies of `out/body.png` are one bent knee, without and with "
-        "pose blend shapes. Why do they depend on R - I and not on R, and why not on the root's "
-        "rotation?",
-        "    python data.py",
+        "smpl.py", "The right two elbows of `figures/elbow.png` differ by the pose blend shapes. "
+        "Why do these depend on R - I and not on R, and why not on the root's rotation?",
+        "    python -m appendix.exercises figures    # the lecturer's; its picture is in figures/",
         "With R - I the rest pose has feature 0 and the template is left as it is; with R a "
         "constant offset would be part of every body. The root turns the whole body rigidly and "
         "bends nothing: a correction that depends on it would dent a body for the way it faces "
@@ -481,9 +479,11 @@ def figures(folder: Path) -> None:
                                        body.shapedirs, posedirs, body.J_regressor, body.parents,
                                        weights)                       # (1, V, 3), (1, 24, 3)
         ways.append(vertices)
-    elbow = joints[:, chapter.JOINT_NAMES.index("left_elbow")]        # (1, 3)
-    data.save_png(folder / "elbow.png", data.render_row(
-        torch.cat(ways), body.faces, center=elbow.expand(3, 3), height=0.5, size=320))
+    to_camera = torch.tensor([1.0, -1, -1])                           # (3,) Rx(pi)
+    elbow = joints[:, chapter.JOINT_NAMES.index("left_elbow")] * to_camera        # (1, 3)
+    cam = torch.tensor([[2 / 0.5, -elbow[0, 0], -elbow[0, 1]]])       # half a metre is seen
+    drawn = [data.draw_mesh(way * to_camera, body.faces, cam, 320)[0] for way in ways]
+    data.save_png(folder / "elbow.png", torch.cat(drawn, 2))
 
 
 # --------------------------------------------------------------------------------------------
@@ -719,18 +719,20 @@ def imports_of(tree: ast.AST) -> set[str]:
 def graft(task: Task, submitted: Path) -> str:
     """The project's chapter with the student's lines of one task.  Raises ValueError."""
     ours, theirs = read_lines(HERE / task.file), read_lines(submitted)
-    begin, end = regions(ours)[0][task.number]
-    spans, wrong = regions(theirs)
-    if task.number not in spans:
-        raise ValueError(f"{task.file}: Task {task.number}: " + wrong.get(
-            task.number, f"no line '# Task {task.number}: {task.title}' with '# end of task' after "
-                         f"its lines"))
-    first, last = spans[task.number]
-    text = "\n".join(ours[:begin] + theirs[first:last] + ours[end:])
+    known, (parts, wrong) = functions("\n".join(ours)), regions(theirs)
+    shift = 0                                             # of a line number, for the sentence below
+    for name in sorted(task.functions, key=lambda name: -known[name].lineno):
+        if (part := (task.number, name)) not in parts:
+            raise ValueError(f"{task.file}: Task {task.number}: " + wrong.get(
+                part, f"no line '# Task {task.number}: {name}' with '# end of task' after its "
+                      f"lines"))
+        (begin, end), (first, last) = span(known[name]), parts[part]
+        ours[begin:end], shift = theirs[first:last], first - begin
+    text = "\n".join(ours)
     try:
         unknown = imports_of(ast.parse(text)) - imported() - {"appendix"}
     except SyntaxError as error:
-        raise ValueError(f"{task.file}, line {(error.lineno or 1) - begin + first}: "
+        raise ValueError(f"{task.file}, line {(error.lineno or 1) + shift}: "
                          f"{type(error).__name__}: {error.msg}") from None
     except (ValueError, MemoryError, RecursionError) as error:
         raise ValueError(f"{task.file}: not readable as Python ({type(error).__name__})") from None
@@ -875,9 +877,11 @@ def restore(folder: Path, tasks: list[Task]) -> None:
     """Put the solutions of some tasks into a hand-out."""
     for task in tasks:
         ours, theirs = read_lines(HERE / task.file), read_lines(folder / task.file)
-        (begin, end), (first, last) = (regions(lines)[0][task.number] for lines in (ours, theirs))
-        text = "\n".join(theirs[:first] + ours[begin:end] + theirs[last:])
-        (folder / task.file).write_text(text, encoding="utf-8")
+        known = functions("\n".join(ours))
+        for name in task.functions:
+            (begin, end), (first, last) = span(known[name]), regions(theirs)[0][task.number, name]
+            theirs[first:last] = ours[begin:end]
+        (folder / task.file).write_text("\n".join(theirs), encoding="utf-8")
 
 
 def check(alone: list[list[Task]], processes: int) -> None:

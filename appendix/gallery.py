@@ -240,7 +240,7 @@ def _ending(job: Job, status: int, late: bool) -> str:
 # --------------------------------------------------------------------------------------------
 # The table
 
-DATASETS, PHOTO = "appendix/datasets.py", "appendix/photo.py"
+DATASETS, PHOTO, BODY_FILE = (f"appendix/{name}.py" for name in ("datasets", "photo", "body_file"))
 IN_DATASETS, IN_APPENDIX = "appendix/test_datasets.py::", "appendix/test_appendix.py::"
 
 MISTAKES = (
@@ -264,16 +264,13 @@ MISTAKES = (
              "test_the_encoder_sees_imagenets_scale_and_the_last_theta_is_decoded",
              "OpenCV reads BGR, ImageNet's weights expect RGB"))),
     Mistake(3, "ResNet v1 mixed with v2; a shortcut or a stride in the wrong place", "", (
-        Edit("hmr.py", "return F.relu(y if self.downsample is None else y + self.downsample(x))",
-             "return F.relu(y) if self.downsample is None else F.relu(y) + self.downsample(x)",
+        Edit("hmr.py", "y = y + self.downsample(x)", "y = F.relu(y) + self.downsample(x)",
              "test_resnet_equals_torchvisions[18]",
              "your ReLU comes before the addition; in v1 it comes after y = F(x) + x", 5),
-        Edit("hmr.py", "return F.relu(y if self.downsample is None else y + self.downsample(x))",
-             "return y if self.downsample is None else y + self.downsample(x)",
+        Edit("hmr.py", "        return F.relu(y)", "        return y",
              "test_resnet_equals_torchvisions[18]",
              "you have no ReLU after the addition, as in v2's blocks, which begin with one", 5),
-        Edit("hmr.py", "return F.relu(y if self.downsample is None else y + self.downsample(x))",
-             "return F.relu(y)", "test_a_residual_block_with_zero_weights_is_the_identity",
+        Edit("hmr.py", "if self.downsample is not None:", "if False:", "test_a_residual_block_with_zero_weights_is_the_identity",
              "yours is the plain network's block: the shortcut is missing", 5),
         Edit("hmr.py", "    if stride == 1 and inputs == outputs:", "    if stride == 1:",
              "test_resnet_equals_torchvisions[50]",
@@ -285,7 +282,8 @@ MISTAKES = (
         Edit("hmr.py", "stride = 2 if stage > 0 and i == 0 else 1",
              "stride = 2 if stage > 0 else 1", "test_resnet_equals_torchvisions[18]",
              "only the first block of a stage has the stride", 6),
-        Edit("hmr.py", "channels = outputs * block.expansion", "channels = outputs",
+        Edit("hmr.py", "channels = width * 2 ** stage * block.expansion",
+             "channels = width * 2 ** stage",
              "test_resnet_equals_torchvisions[50]",
              "a bottleneck's output has 4 * width channels: block.expansion", 6))),
     Mistake(4, "a ReLU lost (in TensorFlow's slim it is a default that no line shows)",
@@ -386,17 +384,17 @@ MISTAKES = (
              "test_nothing_labelled_costs_nothing_and_gives_no_nan",
              "0/0: a batch without labels costs 0, not NaN", 10))),
     Mistake(13, "L_joints: the centre, the factor 0.5", "SPIN (its own pelvis)", (
-        Edit("hmr.py", "error = center_hips(pred[:, :LSP]) - center_hips(target[:, :LSP])",
-             "error = pred[:, :LSP] - target[:, :LSP]", "test_3d_joint_loss",
+        Edit("hmr.py", "error = (pred - hip_midpoint(pred)) - (target - hip_midpoint(target))",
+             "error = pred - target", "test_3d_joint_loss",
              "you do not centre the bodies: each at the midpoint of its own hips", 11),
-        Edit("hmr.py", "return 0.5 * masked_mean(error, has_3d, torch.square)",
-             "return masked_mean(error, has_3d, torch.square)", "test_3d_joint_loss",
+        Edit("hmr.py", "return 0.5 * masked_mean(error[:, :LSP]",
+             "return masked_mean(error[:, :LSP]", "test_3d_joint_loss",
              "the official code's factor 0.5 is missing", 11),
         Edit("hmr.py", "keypoints3d[:, RIGHT_HIP:LEFT_HIP + 1].mean(1, keepdim=True)",
              "keypoints3d[:, RIGHT_HIP:LEFT_HIP].mean(1, keepdim=True)", "test_3d_joint_loss",
              "you centre at the right hip alone: the slice ends before the left one", 11),
-        Edit("hmr.py", "has_3d = (has_3d[:, :LSP] * has_hips)[..., None]",
-             "has_3d = has_3d[:, :LSP][..., None]", "test_3d_joint_loss",
+        Edit("hmr.py", "labelled = (has_3d * has_hips)[..., None]",
+             "labelled = has_3d[..., None]", "test_3d_joint_loss",
              "a body without both hips has no centre: none of its keypoints is a label", 11))),
     Mistake(14, "L_smpl without the root; separate means of pose and betas", "pytorch_HMR", (
         Edit("hmr.py", "return 0.5 * masked_mean(pred - target, has_smpl[:, None], torch.square)",
@@ -470,7 +468,7 @@ MISTAKES = (
         Edit("smpl.py", "pose_feature = (rotmats[:, 1:] - eye).flatten(1)",
              "pose_feature = (rotmats[:, 1:] - eye).mT.flatten(1)", "test_lbs_equals_a_slow_loop",
              "your pose feature goes column by column; it goes row by row", 4),
-        Edit("smpl.py", "J = J_regressor @ v_template + blend_shapes(betas, joint_dirs)",
+        Edit("smpl.py", 'J = torch.einsum("jv,bvc->bjc", J_regressor, v_shaped)',
              "J = (J_regressor @ v_template).expand(len(betas), 24, 3)",
              "test_joints_depend_on_betas_but_not_on_pose_blend_shapes",
              "your joints are the average person's: regress them from the shaped template", 4),
@@ -479,9 +477,9 @@ MISTAKES = (
              "test_joints_depend_on_betas_but_not_on_pose_blend_shapes",
              "your joints are regressed after the pose blend shapes; it is done before", 4))),
     Mistake(22, "kintree_table's root, 4294967295 in uint32, taken as it is", "", (
-        Edit("smpl.py", "parents = tree[0].astype(np.int64).astype(np.int32) if",
+        Edit(BODY_FILE, "parents = tree[0].astype(np.int64).astype(np.int32) if",
              "parents = tree[0].astype(np.int64) if",
-             "test_an_official_style_pickle_equals_the_npz",
+             "appendix/test_body_file.py::test_an_official_style_pickle_equals_the_npz",
              "the root's parent is -1, stored in an unsigned integer"),)),
     Mistake(23, "left and right of the face and of COCO", "smplx and COCO differ", (
         Edit(DATASETS, 'COCO_NAMES = ("nose", "left_eye", "right_eye", "left_ear", "right_ear",',
@@ -559,8 +557,8 @@ MISTAKES = (
              "the official code repeats the picture's edge"),)),
     Mistake(31, "weight decay, which the official flags register and no loss reads; rates",
             "pytorch_HMR", (
-        Edit("train.py", "opt_E = torch.optim.Adam(model.parameters(), lr, fused=True)",
-             "opt_E = torch.optim.Adam(model.parameters(), lr, weight_decay=1e-4, fused=True)",
+        Edit("train.py", "opt_E = torch.optim.Adam(model.parameters(), config.lr, fused=True)",
+             "opt_E = torch.optim.Adam(model.parameters(), config.lr, weight_decay=1e-4)",
              "test_the_loop_gives_every_loss_and_optimiser_its_own",
              "the official code decays nothing"),
         Edit("train.py", "lr: float = option(1e-5,", "lr: float = option(1e-3,",
@@ -576,8 +574,8 @@ MISTAKES = (
              "test_the_defaults_are_the_official_recipe",
              "the released checkpoint has 667,589 steps, 75 epochs"),)),
     Mistake(34, "a run that goes on elsewhere than it stopped", "SPIN", (
-        Edit("train.py", "save_state(log, state, step + 1, losses.loss_E.item())",
-             "save_state(log, state, step, losses.loss_E.item())",
+        Edit("train.py", "save(parts, step + 1, log.seconds(), config, world.name)",
+             "save(parts, step, log.seconds(), config, world.name)",
              "test_resuming_is_bit_identical", "after step k the next one is k + 1"),)),
     Mistake(35, "wrong file names and undefined names in converters", "SPIN",
             elsewhere="these converters are not needed: the files are read as they are"),
@@ -615,13 +613,11 @@ MISTAKES = (
     Mistake(39, "where bodies are centred for MPJPE: the hips' midpoint or SMPL's pelvis",
             "SPIN", (
         Edit("train.py",
-             "p, t = (center_hips(torch.cat([body.keypoints3d[:, :LSP], body.vertices], 1))",
-             "p, t = (torch.cat([body.keypoints3d[:, :LSP], body.vertices], 1) - "
-             "body.joints[:, :1]", "test_the_measures_on_a_known_error",
+             "hips_p, hips_t = hip_midpoint(pred.keypoints3d), hip_midpoint(true.keypoints3d)",
+             "hips_p, hips_t = pred.joints[:, :1], true.joints[:, :1]", "test_the_measures_on_a_known_error",
              "centre at the midpoint of the keypoints' hips, not at joint 0"),)),
     Mistake(40, "measured in train mode; trained in eval mode", "", (
-        Edit("train.py", "model.eval()                  # batch norm",
-             "model.train()  # batch norm",
+        Edit("train.py", "model.eval().amp = None ", "model.train().amp = None ",
              "test_evaluation_is_in_eval_mode_and_float32_and_training_goes_on_as_before",
              "measuring needs model.eval()"),
         Edit("train.py", "    model.train()                                                     # ",
@@ -629,9 +625,9 @@ MISTAKES = (
              "test_evaluation_is_in_eval_mode_and_float32_and_training_goes_on_as_before",
              "after a picture, training must go on in train mode"))),
     Mistake(41, "the face's vertices, one too high", "paper's footnote", (
-        Edit("smpl.py", "(template[:, 1].argmax(), 332, 2800, 6260, 583, 4071)",
+        Edit(BODY_FILE, "(template[:, 1].argmax(), 332, 2800, 6260, 583, 4071)",
              "(template[:, 1].argmax(), 333, 2801, 6261, 584, 4072)",
-             IN_APPENDIX + "test_without_hmrs_regressor_keypoints_are_approximate",
+             "appendix/test_body_file.py::test_without_hmrs_regressor_keypoints_are_approximate",
              "the paper's numbers count from 1"),)),
     Mistake(42, "the pinhole camera nearest to a weak-perspective one: tz = 2 f / (size s)",
             "", (
@@ -665,9 +661,8 @@ MISTAKES = (
              "your 6D Theta-bar holds the columns one after the other; "
              "rot6d_to_rotmat reads them interleaved", 7),)),
     Mistake(47, "the joints regressed from the posed skin", "GraphCMR", (
-        Edit("smpl.py", "return torch.stack(skinned.unbind(0), 2), joints",
-             "return torch.stack(skinned.unbind(0), 2), "
-             "J_regressor @ torch.stack(skinned.unbind(0), 2)", "test_lbs_equals_a_slow_loop",
+        Edit("smpl.py", "return vertices, joints ", "return vertices, J_regressor @ vertices ",
+             "test_lbs_equals_a_slow_loop",
              "your joints are regressed from the posed skin; they are those of the kinematic chain",
              4),)),
     Mistake(48, "2D divided by size - 1", "mmhuman3d (223)", (
@@ -707,8 +702,8 @@ MISTAKES = (
             ),
     # ---- everyone's slips, in no published code that we know of
     Mistake(53, "the kinematic chain", "", (
-        Edit("smpl.py", "levels.append(torch.stack(above, 1) @ level)",
-             "levels.append(level @ torch.stack(above, 1))",
+        Edit("smpl.py", "bones.append(bones[parents[i]] @ local[:, i])",
+             "bones.append(local[:, i] @ bones[parents[i]])",
              "test_kinematics_equal_a_loop_over_the_23_joints",
              "your chain multiplies child by parent: it is A_parent @ A_child", 3),
         Edit("smpl.py", "t = joints - (rotmats @ joints[..., None])[..., 0]", "t = joints",
@@ -774,7 +769,7 @@ def apply(edit: Edit, text: str) -> str:
 def job_of(edit: Edit) -> Job:
     text = (HERE / edit.file).read_text(encoding="utf-8")
     return Job(edit, {edit.file: apply(edit, text)}, (edit.test,),
-               appendix="::" in edit.test, seconds=100)
+               appendix="appendix/" in edit.file + edit.test, seconds=100)
 
 
 def gallery(numbers: list[int], processes: int) -> bool:

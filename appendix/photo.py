@@ -31,7 +31,9 @@ from torchvision.transforms.v2 import functional as vision
 
 import data
 import train
+from appendix.ablate import draw_points
 from appendix.datasets import COCO_TO_19, cut_window, person_scale
+from appendix.spin import load_network
 from hmr import (CAM, HMR, POSE, Discriminator, HMROutput, discriminator_loss, mean_theta,
                  project)
 from smpl import SMPL, batch_rodrigues, exit_status, printable, save_obj, write_atomically
@@ -352,8 +354,8 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
     if person is not None:
         seen = person.visible > 0                                     # (19,)
         given = on_canvas(person.keypoints[seen]), (1.0, 1, 1), 1.6 * radius, False
-        canvas, overlay = (data.draw_points(x, *given) for x in (canvas, overlay))
-        overlay = data.draw_points(overlay, on_canvas(to_photo(body.keypoints2d[0, seen], window)),
+        canvas, overlay = (draw_points(x, *given) for x in (canvas, overlay))
+        overlay = draw_points(overlay, on_canvas(to_photo(body.keypoints2d[0, seen], window)),
                                    radius=radius)
     turned = [data.side_view(body.vertices)]                          # (1, V, 3)
     turned.append(data.side_view(turned[0]))
@@ -374,7 +376,7 @@ def sheet(crop: Tensor, model: HMR, fits: list[Fit], target: Tensor, visible: Te
         background = torch.nn.functional.interpolate(crop[None], (224, 224), mode="bilinear")
         overlay = data.draw_mesh(body.vertices, model.smpl.faces, body.cam, 224,
                                  background.expand(len(turned), -1, -1, -1))
-        overlay = [data.draw_points(data.draw_points(o, target[seen], (1, 1, 1), 3, False), k[seen])
+        overlay = [draw_points(draw_points(o, target[seen], (1, 1, 1), 3, False), k[seen])
                    for o, k in zip(overlay, body.keypoints2d)]
         views = [list(data.draw_mesh(v, model.smpl.faces, body.cam, 224))
                  for v in (turned, data.side_view(turned))]
@@ -409,11 +411,11 @@ def describe(body: HMROutput, smpl: str, window: Window, size: int, photo: str,
 def network(args: argparse.Namespace) -> tuple[HMR, Discriminator | None, int, str]:
     """-> what decodes (and unless --fit sees), discriminators, its crop's size and kind."""
     if args.checkpoint:
-        model, D, config = train.load(args.checkpoint, args.smpl, "cpu")
+        model, D, config = load_network(args.checkpoint, args.smpl, "cpu")
         if args.fit and (D is None or not config.adv):
             raise ValueError(f"--checkpoint {args.checkpoint}: holds no trained discriminators; "
                              f"leave it out, and --fit trains some")
-        if not args.fit and not (hasattr(model, "crop") or config.data):
+        if not args.fit and not hasattr(model, "crop"):
             print("a network trained on drawn people is not expected to work on photographs")
         return model, D, config.size, config.crop
     if not args.fit:

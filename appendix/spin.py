@@ -2,7 +2,7 @@
 Pose and Shape via Model-Fitting in the Loop", ICCV 2019; its data/model_checkpoint.pt).
 
     python -m appendix.photo PHOTO.jpg --checkpoint model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl
-    python train.py --eval model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl
+    python -m appendix.datasets measure model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl --data ..
 
 SPIN is HMR trained otherwise: same ResNet-50, same idea of a regressor; but no ReLU between its
 layers, three heads in place of one last layer, 6D rotations, and another order of Theta.  A class
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmr import BETAS, CAM, HMR, POSE
+import train
+from hmr import BETAS, CAM, HMR, POSE, Discriminator
 from smpl import SMPL
 
 HEADS = {"pose": 144, "shape": 10, "cam": 3}          # in the order in which fc1 reads them
@@ -95,7 +96,7 @@ def read_spin(path: str | os.PathLike) -> dict[str, Tensor] | None:
             content = torch.load(path, map_location="cpu", weights_only=True)
         weights = content["model"]
         return weights if "decpose.weight" in weights else None
-    except Exception:                       # of a broken or foreign file: train.load says which
+    except Exception:                       # a broken or foreign file: train.load says which
         return None
 
 
@@ -123,3 +124,13 @@ def load_spin(path: str | os.PathLike, smpl: SMPL | None = None) -> SPIN:
     for part in parts:
         part.load_state_dict({name: weights.get(name, x) for name, x in part.state_dict().items()})
     return model.eval()
+
+
+def load_network(path: str | os.PathLike, smpl: str | os.PathLike | None = None,
+                 device: str = "auto") -> tuple[HMR, Discriminator | None, train.Config]:
+    """`train.load`, and SPIN's published weights, too; these have no discriminators (None)."""
+    if read_spin(path) is None:
+        return train.load(path, smpl, device)
+    config = train.settle(train.Config(rotation="6d", adv=False, amp="off", device=device,
+                                       smpl=os.fspath(smpl or "")))
+    return load_spin(path, SMPL(config.smpl or None)).to(config.device), None, config

@@ -1,6 +1,7 @@
 """Real data, without any: tiny files in each published layout, odd ones among them, and what the
 readers, batches and measures of datasets.py make of them, by name and number."""
 
+import argparse
 import json
 import struct
 import zlib
@@ -115,7 +116,7 @@ def test_the_maps_between_joint_orders_are_the_published_numbers():
 
 
 def test_the_table_of_joint_orders_is_printed(capsys):
-    assert datasets.main([]) == 0
+    assert datasets.main(["orders"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1 + 13].split() == ["13", "head_top", "head_top", "head_top", "left_knee",
                                      "left_wrist", "left_collar"], "a row is one number's joints"
@@ -479,9 +480,12 @@ def test_one_bad_clip_in_a_hundred_is_named_and_left_out(tmp_path, capsys):
 # ============================================================================================
 # Batches
 
-def world(body, *texts, rank=0, ranks=1, **changes) -> RealPeople:
-    settings = dict(data=texts, batch=8, size=64, workers=0, device="cpu")
-    return RealPeople(train.Config(**settings | changes), body, rank, ranks)
+def world(body, *texts, rank=0, ranks=1, workers=0, mix=(), mocap="", **changes) -> RealPeople:
+    options = argparse.Namespace(data=texts, workers=workers, mix=mix, mocap=mocap)
+    config = train.Config(**dict(batch=8, size=64, device="cpu") | changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "rank_and_ranks", lambda: (rank, ranks))
+        return RealPeople(config, body, options)
 
 
 def test_a_batch_is_a_function_of_seed_step_and_rank_whatever_the_workers(tmp_path, body):
@@ -636,7 +640,7 @@ def test_fifty_thousand_people_are_arrays(tmp_path):
 # Training, through the command line
 
 def arguments(tmp_path, *texts) -> list[str]:
-    return ["--data", *texts, "--depth", "18", "--width", "8", "--size", "32", "--batch", "4",
+    return ["train", "--data", *texts, "--depth", "18", "--width", "8", "--size", "32", "--batch", "4",
             "--pretrained", "none", "--device", "cpu", "--log-every", "1", "--picture-every", "2",
             "--amp", "off"]
 
@@ -644,18 +648,24 @@ def arguments(tmp_path, *texts) -> list[str]:
 def test_training_on_real_data_goes_on_bit_by_bit(tmp_path, capsys):
     texts = spin(tmp_path / "a"), coco(tmp_path / "b", [coco_annotation(1), coco_annotation(2)])
     flags, runs = arguments(tmp_path, *texts), {name: str(tmp_path / name) for name in ("x", "y")}
-    assert train.main([*flags, "--steps", "4", "--workers", "2", "--out", runs["x"]]) == 0
+    assert datasets.main([*flags, "--steps", "4", "--workers", "2", "--out", runs["x"]]) == 0
     out = capsys.readouterr().out
-    assert "MPJPE" not in out, "tables come from --eval .. --data"
+    assert "MPJPE" not in out, "photographs are measured by `measure`"
     assert "with SMPL" in out and "coco:person_keypoints_train2014.json" in out
-    assert train.main([*flags, "--steps", "2", "--workers", "0", "--out", runs["y"]]) == 0
-    assert train.main(["--resume", "--out", runs["y"], "--steps", "4", "--workers", "1",
-                       "--device", "cpu"]) == 0
+    assert datasets.main([*flags, "--steps", "2", "--workers", "0", "--out", runs["y"]]) == 0
+    assert train.main(["--resume", "--out", runs["y"], "--steps", "4", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "trained on photographs (spin 4 people" in error and "appendix.datasets train" in error
+    moved = spin(tmp_path / "c"), texts[1]                            # the same, in another folder
+    go_on = ["train", "--resume", "--out", runs["y"], "--steps", "4", "--device", "cpu"]
+    assert datasets.main([*go_on, "--data", texts[1]]) == 2
+    assert "go on by the command that began the run" in capsys.readouterr().err
+    assert datasets.main([*go_on, "--data", *moved, "--workers", "1"]) == 0
     a, b = (weights_of(tmp_path / name) for name in runs)
-    for key in ("model", "discriminator", "opt_E", "opt_D", "rng", "step"):
+    for key in ("model", "discriminator", "opt_E", "opt_D", "world", "step"):
         assert same(a[key], b[key]), f"{key}: other pictures after resuming, or by other workers"
     metrics = json.loads((tmp_path / "x" / "metrics.json").read_text(encoding="utf-8"))
-    assert "mpjpe" not in metrics and int(metrics["last_losses"]["step"]) == 4
+    assert "mpjpe" not in metrics and metrics["images"] == 16
     assert (tmp_path / "x" / "picture.png").exists()
     assert (tmp_path / "x" / "pictures" / "step_000004.png").exists()
 
@@ -666,7 +676,7 @@ def test_what_a_step_of_real_data_learns_from(tmp_path, monkeypatch):
     step = train.train_step
     monkeypatch.setattr(train, "train_step", lambda *args: seen.append((args[4], step(*args))) or
                         seen[-1][1])
-    assert train.main([*arguments(tmp_path, spin(tmp_path / "a")), "--steps", "1", "--out",
+    assert datasets.main([*arguments(tmp_path, spin(tmp_path / "a")), "--steps", "1", "--out",
                        str(tmp_path / "run"), "--workers", "0"]) == 0
     batch, losses = seen[0]
     assert batch.has_3d[:, K["head_top"]].sum() == 0 < batch.has_3d.sum()
@@ -674,16 +684,23 @@ def test_what_a_step_of_real_data_learns_from(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags,sentence", [
-    (["--mocap", "x"], "go with --data"), (["--mix", "1"], "go with --data"),
     (["--data", "spin:x"], "--data spin:x: expected"),
     (["--data", "coco:x.json@y"], "no such file"),
-    (["--data", "lsp:x", "--joint-regressor", "a.npy"], "only for --eval"),
-    (["--data", "lsp:x", "--workers", "-1"], "--workers -1")])
+    (["--data", "lsp:x", "--eval", "x.pt"], "--eval: measure on photographs by"),
+    (["--data", "lsp:x", "--workers", "-1"], "--workers -1"),
+    (["--data", "lsp:x", "--size", "1"], "--size 1")])
 def test_wrong_options_end_in_one_sentence(tmp_path, flags, sentence, capsys):
-    assert train.main([*flags, "--pretrained", "none", "--device", "cpu", "--out",
-                       str(tmp_path / "run")]) == 2
+    assert datasets.main(["train", *flags, "--pretrained", "none", "--device", "cpu", "--out",
+                          str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1, error
+
+
+def test_train_py_knows_nothing_of_photographs():
+    for flags in (["--data", "x"], ["--mocap", "x"], ["--workers", "1"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(flags)
+        assert stop.value.code == 2
 
 
 # ============================================================================================
@@ -716,8 +733,14 @@ def poses(body, N: int) -> tuple[Tensor, Tensor, np.ndarray]:
     return batch.rotmats, batch.betas, pose.reshape(N, 72)
 
 
+def measuring(*texts, joint_regressor="", smpl_genders=()) -> argparse.Namespace:
+    return argparse.Namespace(data=texts, workers=0, joint_regressor=joint_regressor,
+                              smpl_genders=smpl_genders)
+
+
 def measured(model, body, capsys, *texts, **changes) -> tuple[dict, str]:
-    (result,) = datasets.evaluate(model, train.Config(data=texts, workers=0, size=32, **changes))
+    options = measuring(*texts, **changes)
+    (result,) = datasets.evaluate(model, train.Config(size=32), options)
     return result["per_iteration"][0], capsys.readouterr().out
 
 
@@ -827,33 +850,32 @@ def test_measuring_needs_3d_and_the_right_files(tmp_path, body):
     np.save(tmp_path / "small.npy", np.zeros((17, 5)))
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     for changes, sentence in (
-            ({}, "neither S nor pose"), (dict(smpl_genders=("a",)), "two files"),
+            ({}, "neither S nor pose"),
             (dict(joint_regressor=str(tmp_path / "none.npy")), "none.npy: no such file"),
             (dict(joint_regressor=str(tmp_path / "small.npy")), r"finite numbers \(17, 1229\)"),
             (dict(joint_regressor=str(tmp_path / "objects.npy")), "not a readable .npy")):
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-            datasets.evaluate(model, train.Config(data=(text,), workers=0, **changes))
+            datasets.evaluate(model, train.Config(), measuring(text, **changes))
 
 
 def test_a_checkpoint_is_measured_from_the_command_line(tmp_path, capsys):
     text = spin(tmp_path / "a", "3dpw_test.npz")
     train.train(tiny(tmp_path / "run", steps=1))
-    checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    command = ["measure", str(tmp_path / "run" / "checkpoint.pt"), "--data", text]
     capsys.readouterr()
-    assert train.main(["--eval", checkpoint, "--data", text, "--workers", "1"]) == 0
+    assert datasets.main([*command, "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert all(f"iteration {t}" in out for t in (1, 2, 3)) and "PA-AUC %" in out
-    for flag in (["--eval-pictures", "3"], ["--mix", "1"], ["--mocap", "x"]):
-        assert train.main(["--eval", checkpoint, "--data", text, *flag]) == 2
-        assert flag[0] in capsys.readouterr().err
-    assert train.main(["--eval", checkpoint, "--smpl-genders", "a", "b"]) == 2
-    assert "--smpl-genders" in capsys.readouterr().err
+    for flag in (["--eval-pictures", "3"], ["--mix", "1"], ["--smpl-genders", "a"]):
+        with pytest.raises(SystemExit) as stop:
+            datasets.main([*command, *flag])
+        assert stop.value.code == 2 and flag[0] in capsys.readouterr().err
 
 
 def test_a_run_on_real_data_is_measured_on_the_drawn_world_as_well(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "mean_camera", lambda *_: torch.tensor([[0.9, 0, 0]]))     # quick
-    assert train.main([*arguments(tmp_path, spin(tmp_path / "a")), "--steps", "1", "--mix", "1",
-                       "--out", str(tmp_path / "run")]) == 0
+    assert datasets.main([*arguments(tmp_path, spin(tmp_path / "a")), "--steps", "1", "--mix", "1",
+                          "--out", str(tmp_path / "run")]) == 0
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
     assert train.main(["--eval", checkpoint, "--eval-pictures", "4"]) == 0
     assert "held-out clips" in capsys.readouterr().out

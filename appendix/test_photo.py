@@ -4,6 +4,7 @@ Fixtures and `close` are test_hmr.py's.
 """
 
 import io
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -314,7 +315,7 @@ def test_a_photo_becomes_a_picture_a_mesh_and_numbers(tmp_path, monkeypatch, bod
     theta = torch.cat([photo.camera_of_crop(in_photo, window),
                        batch.rotmats[..., :2].flatten(1), batch.betas], 1)
     network = Knows(body, theta)
-    monkeypatch.setattr(train, "load", lambda *args: (network, None, train.Config(size=64)))
+    monkeypatch.setattr(photo, "load_network", lambda *args: (network, None, train.Config(size=64)))
     assert photo.main([str(tmp_path / "one.png"), "--checkpoint", "any", "--out",
                        str(tmp_path / "out"), f"--bbox={','.join(map(str, box.tolist()))}"]) == 0
     seen, = network.seen
@@ -468,7 +469,7 @@ def test_the_fit_on_the_command_line(tmp_path, checkpoint, monkeypatch, judge, c
     assert "(ours)" in printed, "the discriminators trained anew are not the paper's"
     assert printed.count("px an axis") == 4 and printed.count("without it") == 2
     config = train.Config(adv=False)
-    monkeypatch.setattr(train, "load", lambda *args: (None, judge, config))
+    monkeypatch.setattr(photo, "load_network", lambda *args: (None, judge, config))
     is_sentence([one, "--keypoints", rows, "--fit", "--checkpoint", "no_adv.pt"], capsys,
                 "no_adv.pt", "no trained discriminators")
 
@@ -603,8 +604,9 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path, monkeypatch, capsys):
 def test_spins_weights_are_measured_and_shown_a_photo(published, tmp_path, monkeypatch, capsys):
     path, _ = published
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--eval", str(path), "--eval-pictures", "2", "--device", "cpu"]) == 0
-    assert "iteration 3" in capsys.readouterr().out
+    model, D, config = spin.load_network(path, device="cpu")
+    metrics = train.evaluate(model, dataclasses.replace(config, eval_pictures=2))
+    assert D is None and len(metrics["per_iteration"]) == 3
     one = save(tmp_path / "one.png", np.full((60, 80, 3), 255, np.uint8))
     seen = []
     encode = HMR.encode
