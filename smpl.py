@@ -418,7 +418,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def demo(smpl: SMPL, out: Path) -> None:
-    print(f"{smpl.name}  sha256 {smpl.sha256[:12]}")
     pose = torch.zeros(2, 24, 3)                        # the rest pose and a posed body
     for name, axis, angle in (("left_shoulder", 2, -1.2), ("right_shoulder", 2, 0.9),
                               ("right_elbow", 1, 1.6), ("left_hip", 0, -0.6),
@@ -426,8 +425,8 @@ def demo(smpl: SMPL, out: Path) -> None:
         pose[1, JOINT_NAMES.index(name), axis] = angle  # radians about x, y or z
     vertices, joints, keypoints = smpl(torch.zeros(2, 10), pose)
     quarter = batch_rodrigues(torch.tensor([0, 0, torch.pi / 2])) @ torch.tensor([1.0, 0, 0])
-    for what, points in (("vertices", vertices), ("joints", joints), ("keypoints", keypoints)):
-        print(f"  {what:40s} {tuple(points.shape)}")
+    print(f"{smpl.name}, vertices, joints, keypoints:",
+          *(tuple(x.shape) for x in (vertices, joints, keypoints)))
     for what, got, expected in [
             ("a quarter turn about z takes x to", [round(v, 3) for v in quarter.tolist()], "y"),
             ("zero betas and pose minus template, m",

@@ -351,10 +351,10 @@ GUESSES = {"baseline": "Theta-bar", "mean_pose": "mean pose, true heading"}     
 
 @torch.no_grad()
 def evaluate(model: HMR, config: Config, D: nn.Module | None = None,
-             frames: Tensor | None = None) -> dict:
+             frames: Tensor | None = None, cam: Tensor | None = None) -> dict:
     """All measures on the held-out clips, or on frames (M, 24, 3).
 
-    Measured are each iteration, the truth, and two lazy guesses under the mean camera.
+    Measured are each iteration, the truth, and two lazy guesses under the mean camera (cam).
     "baseline" is Theta-bar, which faces us, while people face anywhere.  "mean_pose" is turned the
     TRUE way, so that only the pose is guessed.  heads: D's outputs on Theta_T and on motion.
     The model is measured, and left, in eval mode and in float32.  Raises ValueError for bodies that
@@ -362,7 +362,7 @@ def evaluate(model: HMR, config: Config, D: nn.Module | None = None,
     """
     model.eval().amp = None       # batch norm uses its running statistics, dropout is off
     baseline = model.regressor.theta_bar.clone()                      # (1, 85)
-    baseline[:, CAM] = mean_camera(config, model.smpl)
+    baseline[:, CAM] = mean_camera(config, model.smpl) if cam is None else cam
     recorded = recorded_rotations(config, baseline.device)            # (2M, 23, 9)
     errors, scores = {}, []
     for batch in evaluation_pictures(config, model.smpl, frames):
@@ -648,9 +648,10 @@ def print_table(metrics: dict) -> None:
 def print_clips(model: HMR, config: Config) -> None:
     """PA-MPJPE of every clip beside the mean pose's: how much of what is learnt reaches others?"""
     say(f"PA-MPJPE mm of the network, of the mean pose; {config.eval_pictures} pictures a clip")
+    cam = mean_camera(config, model.smpl)                             # (1, 3) the same for all
     for kind, held_out in (("trained on", False), (config.validate or "held out", True)):
         for name, frames in load_clips(config.upright, held_out, config.validate).items():
-            of = evaluate(model, config, frames=frames)
+            of = evaluate(model, config, frames=frames, cam=cam)
             say(f"{kind:12s}{name:12s}{of['pa_mpjpe']:8.1f}{of['mean_pose']['pa_mpjpe']:8.1f}")
 
 
