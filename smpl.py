@@ -279,11 +279,8 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
     appendix/body_file.py, which also says what is wrong with a broken one.  Raises
     FileNotFoundError or ValueError with one sentence that names file, key and remedy.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "a folder; name the SMPL file in it" if path.is_dir() else (
-            "no such body file; give --smpl its place, or leave --smpl out for the open body")
-        raise FileNotFoundError(printable(f"{path}: {what}"))
+    path = plain_file(path, "a body file; give --smpl its place, or leave --smpl out for the open "
+                            "body")
     try:
         return read_plain_body(path)
     except Exception:                               # numpy's, zipfile's and zlib's many
@@ -318,10 +315,18 @@ def read_plain_body(path: Path) -> dict[str, np.ndarray]:
     return {key: data[key] for key in (*shapes, "parents") if key != "kintree_table"}
 
 
+def plain_file(path: str | os.PathLike, expected: str) -> Path:
+    """The path of a file that can be opened.  Raises FileNotFoundError for a folder or a pipe."""
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no plain file" if path.exists() else "no such file"
+        raise FileNotFoundError(printable(f"{path}: {what}; expected {expected}"))
+    return path
+
+
 def load_tensors(path: str | os.PathLike) -> dict:
     """A dict that torch.save wrote, read without running code.  Raises ValueError, OSError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint")
+    path = plain_file(path, "a checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -1094,7 +1094,7 @@ def test_a_body_file_that_moved_is_asked_for(tmp_path, capsys):
     measure, go_on = ["--eval", f"{run}/checkpoint.pt"], ["--resume", "--out", run, "--steps", "2"]
     for command in (measure, go_on):
         assert train.main(command) == 2
-        assert "old.npz: no such body file; give --smpl" in capsys.readouterr().err
+        assert "old.npz: no such file; expected a body file; give --smpl" in capsys.readouterr().err
         assert train.main([*command, "--smpl", str(new), "--eval-pictures", "1"]) == 0
 
 

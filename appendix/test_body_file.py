@@ -221,7 +221,7 @@ def test_a_pickle_becomes_the_plain_layout(tmp_path, body, capsys, monkeypatch):
         close(getattr(plain, name), getattr(body, name), 1e-7, f"{name} changed in the plain file")
     monkeypatch.undo()
     for bad, sentence in ((arguments, "is there already"), ([arguments[0], "x.pkl"], "ends in"),
-                          (["absent.pkl", str(tmp_path / "y.npz")], "no such body file")):
+                          (["absent.pkl", str(tmp_path / "y.npz")], "no such file")):
         assert body_file.main(bad) == 2
         assert sentence in capsys.readouterr().err
 
@@ -451,9 +451,9 @@ def test_bad_body_files_end_in_a_sentence(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.*{sentence}"):
             load_body(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no such body file"):
+    with pytest.raises(FileNotFoundError, match="no such file; expected a body file"):
         load_body(tmp_path / "absent.pkl")
-    with pytest.raises(FileNotFoundError, match="a folder; name the SMPL file in it"):
+    with pytest.raises(FileNotFoundError, match="a folder; expected a body file"):
         load_body(tmp_path)
 
 
