@@ -940,7 +940,7 @@ def test_a_run_is_never_overwritten_and_bad_input_is_a_sentence(tmp_path, capsys
             ([*small, "--smpl", "absent.pkl", "--out", str(tmp_path / "y")], "absent.pkl"),
             ([*small, "--lr", "inf", "--out", str(tmp_path / "y")], "below"),
             ([*small, "--size", "1000000000", "--out", str(tmp_path / "y")], "--size smaller"),
-            (["--eval", str(tmp_path)], "no such file"),
+            (["--eval", str(tmp_path)], "a folder; expected a checkpoint"),
             (["--eval", str(tmp_path / "numbers.pt")], "not a checkpoint of this version"),
             (["--eval", str(tmp_path / "types.pt")], "not a checkpoint of this version"),
             ([*small, "--pretrained", str(tmp_path / "numbers.pt"), "--out", str(tmp_path / "z")],
