@@ -16,7 +16,8 @@ a picture is exactly x -> -x.
 
 On a GPU: a list as an index, or a result whose length depends on the data, makes the program wait
 until the GPU has finished all earlier work.  So the world copies its constants to the device once,
-in __init__, and only the renderer waits, in four places (nonzero and repeat_interleave).
+in __init__, and only the renderer waits, in four places (nonzero and repeat_interleave).  It waits
+less often when the pictures of several steps are drawn in one go: see SyntheticPeople's `ahead`.
 
     python data.py           # out/data.png: pictures of --small and of the full recipe's world
 """
@@ -159,8 +160,10 @@ def seed_of(*numbers: int) -> int:
 class SyntheticPeople:
     """Endless pictures of people; `world.batch(step)` is a function of (seed, step, rank) alone.
 
-    Each step has a random generator of its own, so that resuming at step n changes nothing.  (The
-    pictures also depend on the device: the generators of a CPU and of a GPU differ.)
+    The pictures of `ahead` steps, a block, are drawn in one go, and each step gets its part.  Each
+    block has a random generator of its own, so that resuming at step n changes nothing.  (The
+    pictures also depend on the device, since the generators of a CPU and of a GPU differ, and on
+    `ahead`: 1 on a CPU, 8 on a GPU, where 224 px and a batch of 64 take less than 4 GiB.)
 
     smpl: the body, on the device to draw on.  frames (M, 24, 3): what people do.  batch: pictures
     a step.  size: pixels.  rank: number of this process.  mix: recombine frames limb by limb.
@@ -174,7 +177,7 @@ class SyntheticPeople:
 
     def __init__(self, smpl: SMPL, frames: Tensor, batch: int, size: int, look: str = "plain",
                  seed: int = 0, rank: int = 0, labels: str = "half", mix: bool = True,
-                 crop: str = "official"):
+                 crop: str = "official", ahead: int | None = None):
         for value, known in ((look, ("plain", "hard")), (labels, ("half", "2d", "all")),
                              (crop, tuple(CROPS))):
             if value not in known:
@@ -182,6 +185,8 @@ class SyntheticPeople:
         self.smpl, self.size, self.look, self.batch_size = smpl, size, look, batch
         self.seed, self.rank, self.mix, self.labels, self.crop = seed, rank, mix, labels, crop
         self.device = smpl.v_template.device
+        self.ahead = ahead or (8 if self.device.type == "cuda" else 1)
+        self.pictures, self.movements = (None, None), (None, None)    # the block drawn last, what
         self.frames = torch.cat([frames, mirror_pose(frames)]).to(self.device)    # (2M, 24, 3)
         suit = torch.zeros(PARTS, 3)                                  # (26, 3)
         for joints, color in SUIT.items():
@@ -195,10 +200,10 @@ class SyntheticPeople:
         self.light, self.no_turn = constant((0, -0.5, -1)), constant((1, 0, 1))   # (3,), (3,)
         self.flip = batch_rodrigues(constant((math.pi, 0, 0)))        # (3, 3) Rx(pi): y up to down
 
-    def generator(self, step: int, stream: int = 0) -> torch.Generator:
-        """The step's random numbers; stream 0 is for pictures, 1 for the discriminators' motion."""
+    def generator(self, block: int, stream: int = 0) -> torch.Generator:
+        """A block's random numbers; stream 0 is for pictures, 1 for the discriminators' motion."""
         rng = torch.Generator(self.device)
-        return rng.manual_seed(seed_of(self.seed, step, self.rank, stream))
+        return rng.manual_seed(seed_of(self.seed, block, self.rank, stream))
 
     def poses(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw n poses (n, 24, 3) from the recorded frames, recorded root included.
@@ -229,14 +234,25 @@ class SyntheticPeople:
 
     def motion(self, n: int, step: int) -> tuple[Tensor, Tensor]:
         """Real samples for D, of no picture: rotmats (n, 23, 3, 3) without root, betas (n, 10)."""
-        rng = self.generator(step, stream=1)
-        rotmats = batch_rodrigues(self.poses(n, rng)[:, 1:])          # (n, 23, 3, 3)
-        return rotmats, self.betas(n, rng)                            # (n, 23, 3, 3), (n, 10)
+        block, part = divmod(step, self.ahead)
+        if self.movements[0] != (n, block):
+            rng = self.generator(block, stream=1)
+            poses = self.poses(n * self.ahead, rng)                   # (n * ahead, 24, 3)
+            rotmats = batch_rodrigues(poses[:, 1:])
+            self.movements = (n, block), (rotmats, self.betas(n * self.ahead, rng))
+        rotmats, betas = (x[part * n:(part + 1) * n] for x in self.movements[1])
+        return rotmats, betas                                         # (n, 23, 3, 3), (n, 10)
 
-    @torch.no_grad()
     def batch(self, step: int) -> Batch:
         """The step-th B pictures, labelled as `labels` says."""
-        B, rng = self.batch_size, self.generator(step)
+        (block, part), B = divmod(step, self.ahead), self.batch_size
+        if self.pictures[0] != block:
+            self.pictures = block, self.draw(B * self.ahead, self.generator(block))
+        return Batch(*(field[part * B:(part + 1) * B] for field in self.pictures[1]))
+
+    @torch.no_grad()
+    def draw(self, B: int, rng: torch.Generator) -> Batch:
+        """B pictures, labelled as `labels` says: pose bodies, choose cameras, render, forget."""
         rotmats = batch_rodrigues(self.poses(B, rng))                 # (B, 24, 3, 3)
         # The camera's rotation multiplies from the left: it turns the whole recorded person, who
         # leans or lies as recorded.
@@ -247,7 +263,8 @@ class SyntheticPeople:
         image = self._draw(body.vertices, cam, rng)                   # (B, 3, H, W)
         # Occluded and out-of-crop points stay labelled, as in the official data.
         visible = (torch.rand(B, 19, generator=rng, device=self.device) < 0.9).float()  # (B, 19)
-        has_smpl = (torch.arange(B, device=self.device) % 2 == 0).float()         # (B,)
+        # Every other picture of a step (a step may have an odd number of pictures).
+        has_smpl = (torch.arange(B, device=self.device) % self.batch_size % 2 == 0).float()   # (B,)
         if self.labels == "all":
             visible, has_smpl = torch.ones_like(visible), torch.ones_like(has_smpl)
         elif self.labels == "2d":
@@ -295,7 +312,7 @@ class SyntheticPeople:
             table = (self.suit + 0.12 * (rand(B, PARTS, 3) - 0.5)).clamp(0, 1)    # (B, 26, 3)
             background = blow_up(0.25 + 0.5 * rand(B, 3, 3, 3))       # (B, 3, H, W) smooth noise
         else:
-            table = self._clothes(rand)                               # (B, 26, 3)
+            table = self._clothes(B, rand)                            # (B, 26, 3)
             background = (blow_up(rand(B, 3, 3, 3))
                           + 0.5 * (blow_up(rand(B, 3, 12, 12)) - 0.5))            # (B, 3, H, W)
             background = paste_rectangles(background, rand(B, 6, 8))
@@ -312,9 +329,8 @@ class SyntheticPeople:
             image = image + 0.03 * randn(*image.shape)
         return image.clamp(0, 1)
 
-    def _clothes(self, rand) -> Tensor:
+    def _clothes(self, B: int, rand) -> Tensor:
         """Colours of the 26 parts (B, 26, 3): skin, hair, shirt, trousers, shoes; sleeves vary."""
-        B = self.batch_size
         skin = (0.25 + 0.75 * rand(B, 1)) * self.skin                 # (B, 3)
         hair, shirt, trousers, shoes = (rand(B, 3) ** p for p in (3.0, 1.0, 1.0, 2.0))  # (B, 3)
         long_sleeves, long_trousers = rand(2, B, 1) < 0.5             # (B, 1) each

@@ -20,11 +20,11 @@ a vector is the axis, its length is the angle in radians.
 """
 
 import argparse
-import functools
 import hashlib
 import os
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -175,12 +175,8 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
 
 def without_autocast(method: Callable) -> Callable:
     """Decorator that switches a caller's autocast off: bfloat16 would move a body by 1 cm."""
-    @functools.wraps(method)
     def in_full_precision(self, x: Tensor, *args, **options):
-        kind = x.device.type
-        if not torch.amp.is_autocast_available(kind):     # a "meta" tensor's device has no autocast
-            return method(self, x, *args, **options)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return method(self, x, *args, **options)
     return in_full_precision
 
@@ -328,6 +324,11 @@ def load_tensors(path: str | os.PathLike) -> dict:
     """A dict that torch.save wrote, read without running code.  Raises ValueError, OSError."""
     path = plain_file(path, "a checkpoint")
     try:
+        if zipfile.is_zipfile(path):                # files of PyTorch before 1.6 are none
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not compare the checksums
+                size = sum(member.file_size for member in archive.infolist())
+                if size > 2 ** 32 or archive.testzip():
+                    raise ValueError("more than 4 GiB, or a flipped bit")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); it may be "
@@ -338,13 +339,19 @@ def load_tensors(path: str | os.PathLike) -> dict:
 
 
 def require_finite(state: dict, name: str, remedy: str = "name another file") -> None:
-    """Raises ValueError if a tensor of a network's or an optimiser's state is NaN or infinite."""
+    """Raises ValueError if a network's or an optimiser's state holds NaN or an odd tensor.
+
+    A tensor is odd if it has no memory of its own for each of its numbers (sparse, expanded): a
+    later write to it would go astray.
+    """
     found = dict(state)
     for number, kept in state.get("state", {}).items():             # an optimiser's
         found |= {f"state.{number}.{key}": value for key, value in kept.items()}
-    for key, value in found.items():
-        if isinstance(value, Tensor) and not value.isfinite().all():
-            raise ValueError(f"{name}.{key} holds NaN or infinity; {remedy}")
+    for key, x in found.items():
+        if isinstance(x, Tensor) and not (
+                x.layout == torch.strided and not x.is_meta and not x.is_quantized and x.numel()
+                * x.element_size() <= x.untyped_storage().nbytes() and x.isfinite().all()):
+            raise ValueError(f"{name}.{key} holds NaN or infinity, or is no plain tensor; {remedy}")
 
 
 def say(text: str) -> None:
@@ -362,16 +369,19 @@ def save_obj(path: str | os.PathLike, vertices: Tensor, faces: Tensor) -> None:
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+def write_atomically(path: str | os.PathLike, content: bytes, is_new: bool = False) -> None:
     """Write under a temporary name, then rename: an interrupted write leaves no half file.
 
-    Raises OSError with a sentence.  An old file of this name stays as it was.
+    An old file of this name stays until then; with is_new there must be none, and of two programs
+    that try it one fails.  Raises OSError with a sentence.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
+        if is_new:
+            path.open("x").close()
         temporary.replace(path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}); name another folder, or make "
