@@ -4,7 +4,7 @@ Chapter 3 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR trains on photog
 keypoints, on some photographs with 3D labels, and on motion capture that belongs to no picture
 (Sec. 3.2 and 4).  All of those data are licensed.  Here people are drawn instead: recorded motion
 poses an open body, a small renderer makes the picture, and every label is known exactly.  Half of
-the pictures then "forget" their 3D labels, as in the paper.
+the pictures then lose their 3D labels, as in the paper.
 
 Axes:  B pictures   M recorded frames   V vertices   F triangles   H = W = size in pixels
        19 keypoints   24 joints   26 parts of the clothes
@@ -14,10 +14,10 @@ Camera frame: x right, y DOWN, z away from the camera, in metres.  2D in [-1, 1]
 pixel = (x + 1) * size / 2.  Pixel i covers [i, i + 1) and is sampled at i + 0.5, so that mirroring
 a picture is exactly x -> -x.
 
-On a GPU: a list as an index, or a result whose length depends on the data, makes the program wait
-until the GPU has finished all earlier work.  So the world copies its constants to the device once,
-in __init__, and only the renderer waits, in four places (nonzero and repeat_interleave).  It waits
-less often when the pictures of several steps are drawn in one go: see SyntheticPeople's `ahead`.
+On a GPU, two things make the program wait until the GPU has finished all earlier work: a Python
+list as an index, and a result whose length depends on the data.  So the world copies its constants
+to the device once, in __init__, and only the renderer waits, in four places (nonzero and
+repeat_interleave).  It waits less often if the pictures of several steps are drawn in one go.
 
     python data.py           # out/data.png: pictures of --small and of the full recipe's world
 """
@@ -43,11 +43,11 @@ from smpl import FLIP_JOINTS, SMPL, batch_rodrigues, exit_status, write_atomical
 # 1. Poses: recorded motion (Sec. 3.3: the adversarial prior's real samples)
 
 MOCAP = Path(__file__).resolve().parent / "assets" / "mocap.npz"
-# The nine clips of --small.  Nobody leans by over 45 degrees in them, but for 15 frames of kick.
+# The nine clips of --small.  Nobody in them leans over 45 degrees, except in 15 frames of kick.
 UPRIGHT = ("walk", "run", "dance_a", "punch", "spin", "spinkick", "jump", "dance_b", "kick")
 HELD_OUT = ("dance_b", "kick", "roll")              # never trained on
-SPIN_AIRBORNE = slice(29, 69)                       # frames of spin that --small leaves out
-# Joints that move from one frame to another as one piece: arms (collar to hand), legs, spine, head.
+SPIN_AIRBORNE = slice(29, 69)       # frames of the clip spin that lean 45 to 95 degrees
+# Joints that are exchanged between frames together: arms (collar to hand), legs, spine, head.
 LIMBS = ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11), (3, 6, 9),
          (12, 15))
 
@@ -57,7 +57,7 @@ def load_clips(upright: bool, held_out: bool, validate: str = "") -> dict[str, T
 
     upright: only the nine mostly upright clips.  held_out: the clips to measure on.  validate: a
     training clip that is left out, so that settings can be chosen on it.  Then this clip alone is
-    measured on, and the held-out clips, which are for the last word, are not opened.
+    returned to measure on, not the held-out clips, which are for the final measurement.
     Raises ValueError if validate is no training clip.
     """
     with np.load(MOCAP, allow_pickle=False) as file:
@@ -82,8 +82,8 @@ def mirror_pose(pose: Tensor) -> Tensor:
     """The pose seen in a mirror: (..., 24, 3) -> same.
 
     Left and right joints swap places, and X R(r) X = R(r * (1, -1, -1)) with X = diag(-1, 1, 1).
-    The root's rotation is mirrored, too.  (The official docstring says that it is left alone, but
-    the official table of signs flips it.)
+    The root's rotation is mirrored, too.  (The official docstring says that it is unchanged, but
+    the official signs flip it.)
     """
     return pose[..., FLIP_JOINTS, :] * pose.new_tensor([1, -1, -1])   # (..., 24, 3)
 
@@ -92,10 +92,13 @@ def mirror_pose(pose: Tensor) -> Tensor:
 # 2. The world
 
 class Batch(NamedTuple):
-    """B labelled pictures.  A label that is missing is 0 and its mask is 0.
+    """B labelled pictures.  A missing label is 0 here (the losses accept NaN, too), its mask is 0.
 
     A picture without 3D labels still has keypoints2d.  It takes part in L_reproj and L_adv, and its
-    mask keeps it out of L_joints and L_smpl.
+    masks keep it out of L_joints and L_smpl.  has_3d is the paper's indicator "1".  It is kept for
+    each keypoint, since SPIN's files of H3.6M and 3DHP leave LSP's head top empty.  has_smpl is a
+    mask of its own.  Drawn people have all 3D labels or none, but 3DHP has joints without SMPL
+    parameters: such a picture takes part in L_joints and not in L_smpl.
     """
     image: Tensor             # (B, 3, size, size) RGB in [0, 1]
     keypoints2d: Tensor       # (B, 19, 2) in [-1, 1] of the crop
@@ -103,11 +106,9 @@ class Batch(NamedTuple):
     keypoints3d: Tensor       # (B, 19, 3) camera frame, metres
     rotmats: Tensor           # (B, 24, 3, 3) root in the camera frame
     betas: Tensor             # (B, 10)
-    has_3d: Tensor            # (B, 19) 1 = keypoints3d is a label, the paper's indicator "1".  It
-    #                           is per keypoint, since H3.6M and 3DHP have no top of the head.
-    has_smpl: Tensor          # (B,) 1 = rotmats and betas are labels.  Drawn people have all 3D
-    #                           labels or none; in real data, 3DHP has joints but no SMPL.
-    cam: Tensor               # (B, 3) the true camera; no label, only for the baseline and tests
+    has_3d: Tensor            # (B, 19) 1 = keypoints3d is a label
+    has_smpl: Tensor          # (B,) 1 = rotmats and betas are labels
+    cam: Tensor               # (B, 3) the true camera, which no loss reads
 
 
 # The suit that people wear in look "plain": a colour for each of the 24 joints' parts, for the
@@ -141,29 +142,29 @@ def face_parts(smpl: SMPL) -> Tensor:
     return torch.where(hair, HAIR, part)
 
 
-# How large a person stands in the crop.  Four numbers: the diagonal of the keypoints' box and the
+# Sizes of a person in the crop.  The four numbers are the diagonal of the keypoints' box and the
 # jitter of its centre, both in pixels of a 224 crop, then the least and the greatest zoom.  The
-# official crop leaves wide margins; "tight" is our choice, for pictures of few pixels.
+# official crop leaves wide margins.  "tight" is our choice, for pictures of few pixels.
 CROPS = {"official": (150, 20, 0.8, 1.23), "tight": (212, 4, 0.95, 1.05)}
 
 
 def seed_of(*numbers: int) -> int:
     """One seed made of several numbers, so that equal numbers give equal random draws.
 
-    numpy mixes the numbers into two words of 32 bits, and torch takes seeds of 63 bits, hence the
-    shift by 31.  (A CPU's generator uses the lower 32 bits of them.)
+    numpy mixes the numbers into two words of 32 bits.  The shift by 31 keeps 63 bits of them, so
+    that the seed is a positive int64.  (A CPU's generator uses its lower 32 bits.)
     """
     high, low = np.random.SeedSequence(numbers).generate_state(2)
     return int(high) << 31 ^ int(low)
 
 
 class SyntheticPeople:
-    """Endless pictures of people; `world.batch(step)` is a function of (seed, step, rank) alone.
+    """Endless pictures of people.  With the same settings, `world.batch(step)` is a function of
+    (seed, step, rank) alone, so that resuming at step n changes nothing.
 
     The pictures of `ahead` steps, a block, are drawn in one go, and each step gets its part.  Each
-    block has a random generator of its own, so that resuming at step n changes nothing.  (The
-    pictures also depend on the device, since the generators of a CPU and of a GPU differ, and on
-    `ahead`: 1 on a CPU, 8 on a GPU, where 224 px and a batch of 64 take less than 4 GiB.)
+    block has a random generator of its own.  `ahead` is 1 on a CPU and 8 on a GPU, where 224 px and
+    a batch of 64 took less than 4 GiB.  (The generators of a CPU and of a GPU differ.)
 
     smpl: the body, on the device to draw on.  frames (M, 24, 3): what people do.  batch: pictures
     a step.  size: pixels.  rank: number of this process.  mix: recombine frames limb by limb.
@@ -186,7 +187,7 @@ class SyntheticPeople:
         self.seed, self.rank, self.mix, self.labels, self.crop = seed, rank, mix, labels, crop
         self.device = smpl.v_template.device
         self.ahead = ahead or (8 if self.device.type == "cuda" else 1)
-        self.pictures, self.movements = (None, None), (None, None)    # the block drawn last, what
+        self.pictures, self.movements = (None, None), (None, None)    # key and content, drawn last
         self.frames = torch.cat([frames, mirror_pose(frames)]).to(self.device)    # (2M, 24, 3)
         suit = torch.zeros(PARTS, 3)                                  # (26, 3)
         for joints, color in SUIT.items():
@@ -211,7 +212,7 @@ class SyntheticPeople:
         A pose is a recorded frame, mirrored half the time.  With `mix`, each limb then comes from
         another frame with probability 0.6, and every joint gets a little noise.  The pictures AND
         the discriminators' real samples come from this one function.  If their distributions
-        differed, D would learn to reject the very labels that L_smpl pulls the encoder to.
+        differed, D would learn to reject the labels that L_smpl pulls the encoder to.
         """
         def frame() -> Tensor:
             M = len(self.frames) // 2
@@ -229,11 +230,11 @@ class SyntheticPeople:
         return pose + 0.05 * noise                                    # radians: about 3 degrees
 
     def betas(self, n: int, rng: torch.Generator) -> Tensor:
-        """(n, 10) from N(0, 1): the coefficients of SMPL's shape space are scaled to that."""
+        """(n, 10) from N(0, 1): SMPL scales its betas so that this is the population."""
         return torch.randn(n, 10, generator=rng, device=self.device)  # (n, 10)
 
     def motion(self, n: int, step: int) -> tuple[Tensor, Tensor]:
-        """Real samples for D, of no picture: rotmats (n, 23, 3, 3) without root, betas (n, 10)."""
+        """Real samples for D, without pictures: rotmats (n, 23, 3, 3), betas (n, 10); no root."""
         block, part = divmod(step, self.ahead)
         if self.movements[0] != (n, block):
             rng = self.generator(block, stream=1)
@@ -252,7 +253,7 @@ class SyntheticPeople:
 
     @torch.no_grad()
     def draw(self, B: int, rng: torch.Generator) -> Batch:
-        """B pictures, labelled as `labels` says: pose bodies, choose cameras, render, forget."""
+        """B pictures and their labels: pose bodies, choose cameras, render, drop some labels."""
         rotmats = batch_rodrigues(self.poses(B, rng))                 # (B, 24, 3, 3)
         # The camera's rotation multiplies from the left: it turns the whole recorded person, who
         # leans or lies as recorded.
@@ -263,7 +264,7 @@ class SyntheticPeople:
         image = self._draw(body.vertices, cam, rng)                   # (B, 3, H, W)
         # Occluded and out-of-crop points stay labelled, as in the official data.
         visible = (torch.rand(B, 19, generator=rng, device=self.device) < 0.9).float()  # (B, 19)
-        # Every other picture of a step (a step may have an odd number of pictures).
+        # Every other picture of each step has 3D labels.  The first % handles odd batch sizes.
         has_smpl = (torch.arange(B, device=self.device) % self.batch_size % 2 == 0).float()   # (B,)
         if self.labels == "all":
             visible, has_smpl = torch.ones_like(visible), torch.ones_like(has_smpl)
@@ -277,7 +278,7 @@ class SyntheticPeople:
                      betas=betas * has_smpl[:, None], has_3d=has_3d, has_smpl=has_smpl)
 
     def _headings(self, B: int, rng: torch.Generator) -> Tensor:
-        """World to camera (B, 3, 3): turn to any heading, tilt the camera a bit, y up -> y down."""
+        """World to camera (B, 3, 3): turn to any heading, tilt by N(0, 5 degrees), flip y."""
         turn = torch.zeros(B, 3, device=self.device)                  # (B, 3)
         turn[:, 1] = 2 * math.pi * torch.rand(B, generator=rng, device=self.device)
         tilt = torch.randn(B, 3, generator=rng, device=self.device) * self.no_turn      # (B, 3)
@@ -287,9 +288,9 @@ class SyntheticPeople:
     def _cameras(self, keypoints: Tensor, rng: torch.Generator) -> Tensor:
         """The crop and its jitter, written as a camera: keypoints (B, 19, 3) -> cam (B, 3).
 
-        The official rule: the diagonal of the keypoints' box becomes 150 of 224 pixels and its
-        middle the crop's centre.  Then the centre moves by up to 20 pixels in x and in y, and after
-        that the scale changes by a factor of 0.8 to 1.23.
+        The official rule for a whole person: the diagonal of the keypoints' box becomes 150 of 224
+        pixels and its middle the crop's centre.  Then the centre moves by up to 20 pixels in x and
+        in y, and after that the scale changes by a factor of 0.8 to 1.23.
         """
         diagonal, move, least, most = CROPS[self.crop]
         low, high = keypoints[..., :2].amin(1), keypoints[..., :2].amax(1)        # (B, 2) each
@@ -330,7 +331,7 @@ class SyntheticPeople:
         return image.clamp(0, 1)
 
     def _clothes(self, B: int, rand) -> Tensor:
-        """Colours of the 26 parts (B, 26, 3): skin, hair, shirt, trousers, shoes; sleeves vary."""
+        """Colours of the 26 parts (B, 26, 3).  Sleeves and trousers are long or short at random."""
         skin = (0.25 + 0.75 * rand(B, 1)) * self.skin                 # (B, 3)
         hair, shirt, trousers, shoes = (rand(B, 3) ** p for p in (3.0, 1.0, 1.0, 2.0))  # (B, 3)
         long_sleeves, long_trousers = rand(2, B, 1) < 0.5             # (B, 1) each
@@ -363,9 +364,9 @@ def paste_rectangles(image: Tensor, draws: Tensor, biggest=0.6, chance=0.7) -> T
 #    y0 .  /\  .    dx       0 1 2 0 1 2    = place mod 3, columns from the box's first one, x0
 #       /______\    dy       0 0 0 1 1 1    = place // 3, rows from the box's first one, y0
 #                   inside   . x . x x x    the other pairs are dropped
-#    bid = [depth: nearest = smallest | f] in one integer: high bits decide, low bits say who won
 #
-# Each pixel keeps the smallest bid made for it, so that one scatter-min settles all depth tests.
+# A pair makes a bid, one integer, with the depth in the high bits and f in the low bits.  Each
+# pixel keeps the smallest bid made for it, so that one scatter-min does all depth tests.
 
 DEPTH_RANGE = 8.0           # metres in front of and behind the body's origin
 
@@ -377,7 +378,7 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
     clockwise from outside.  Bodies are closed, so triangles that face away are dropped.
     """
     B, n_faces = len(points), len(faces)
-    # B is the innermost axis, so that picking a corner copies a whole row of B numbers.
+    # B is the innermost axis, so that index_select copies B contiguous numbers.
     xyz = torch.cat([(points[..., :2] + 1) * (size / 2), points[..., 2:]], -1)    # pixels, metres
     xyz = xyz.permute(1, 2, 0).contiguous()                           # (V, 3, B)
     corners = xyz[:, :2].index_select(0, faces.flatten()).view(n_faces, 3, 2, B)  # (F, 3, 2, B)
@@ -391,12 +392,12 @@ def rasterize(points: Tensor, faces: Tensor, size: int) -> Tensor:
     box = last - first + 1                                            # (F, 2, B) pixels
     f, b = ((area < -1e-9) & (box[:, 0] > 0) & (box[:, 1] > 0)).nonzero(as_tuple=True)    # (S,)
 
-    # What a triangle needs to judge a pixel at (dx, dy), counted from its box's first pixel (which
-    # keeps float32 exact enough): two barycentric coordinates as gx dx + gy dy + start.
+    # What a triangle needs to judge a pixel at (dx, dy): two barycentric coordinates, each as
+    # gx dx + gy dy + start.  Counting dx, dy from the box's first pixel keeps float32 exact enough.
     def pick(value):                                                  # (F, B) -> (S,)
         return value.flatten().index_select(0, f * B + b)
     area, x0, y0, w, h = map(pick, (area, *first.unbind(1), *box.unbind(1)))      # (S,) each
-    corner = (faces[f] * (3 * B) + b[:, None]).T.flatten()            # (3S,) where its x is in xyz
+    corner = (faces[f] * (3 * B) + b[:, None]).T.flatten()            # (3S,) of x in xyz (V, 3, B)
     x, y, z = (xyz.flatten().index_select(0, corner + k * B).view(3, -1)
                for k in range(3))                                     # (3, S) each
     planes = []                                                       # 6 x (S,)

@@ -3,19 +3,19 @@
 Chapter 2 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  The paper is Kanazawa, Black, Jacobs,
 Malik, "End-to-end Recovery of Human Shape and Pose", CVPR 2018.  Tags such as `Eq. (3)` and
 `Sec. 3.4` refer to it.  "Official code" is the authors' TensorFlow release.  "Slides" are two
-lecture decks, one on ResNet and one on HMR.  He et al., "Deep Residual Learning for Image
-Recognition", 2016, Table 1 and Eqs. (1) and (2), can be read in place of the first deck, and the
-paper in place of the second.
+lecture decks, one on ResNet and one on HMR.  Without the slides, read Table 1 and Eqs. (1) and (2)
+of He et al., "Deep Residual Learning for Image Recognition", 2016, and the HMR paper.
 
     image --ResNet--> feature --IEF x T--> Theta = [cam | pose | betas] --SMPL--> 3D --camera--> 2D
                                              |                                   |            |
-                             25 discriminators (L_adv)                         L_3D       L_reproj
+                             K + 2 = 25 discriminators (L_adv)                 L_3D       L_reproj
 
 Axes:  B images   T = 3 regression iterations   N = B*T bodies that the discriminators judge
        C channels   H, W pixels   19 keypoints (the first 14 are LSP's)   24 joints = root + 23
        85 = 3 + 72 + 10
-Two letters have two meanings.  K is the 23 joints in the paper's Sec. 3.1 and 3.3 and the number of
-       keypoints elsewhere.  F is torch's functional in code and the residual function on slides.
+Some letters have two meanings.  K is the 23 joints in the paper's Sec. 3.1 and 3.3 and the number
+       of keypoints elsewhere.  F is torch's functional in code and the residual function on
+       slides.  E is the encoder, and E[..] is a mean.
 Camera frame: x right, y DOWN, z away from the camera, in metres.  SMPL's own frame is y up, so a
        person who stands upright and faces the camera has root rotation Rx(pi).
 2D: the square crop is [-1, 1] x [-1, 1]; pixel = (x + 1) * size / 2.
@@ -42,8 +42,8 @@ from smpl import SMPL, batch_rodrigues, exit_status, rot6d_to_rotmat, without_au
 # The paper and the official code use ResNet-50 v2 (pre-activation).  The slides, SPIN and most
 # later work use the post-activation network below.  Its parameters have torchvision's names, so
 # that torchvision's ImageNet weights load.  BatchNorm keeps torch's momentum of 0.1 for its running
-# statistics.  The official code's decay of 0.997 would be a momentum of 0.003, and --small's 4,000
-# steps are too few for it.
+# statistics.  The official code's decay of 0.997 would be a momentum of 0.003, which is slow for
+# the 4,000 steps of --small without a GPU.
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -53,16 +53,18 @@ RESNETS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 
 
 
 class Block(nn.Module):
-    """slides: y = F(x, {W_i}) + x.  Then comes the ReLU: in ResNet v1 it follows the addition.
+    """slides: y = F(x, {W_i}) + x.  In ResNet v1 a ReLU follows the addition.
 
-    slides: a block that is to compute H(x) learns only F(x) := H(x) - x.  If the weights in F are
-    zero, the block is the identity, because its input is a ReLU's output and never negative.  A
-    plain block would have to learn the identity; the slides call this the constructed solution.
+    slides: a block that is to compute H(x) learns only F(x) := H(x) - x.  If F's weights are
+    zero and the shortcut is the identity, the block is the identity: F adds nothing, and the
+    ReLU changes nothing, since x is a ReLU's output and never negative.  The slides'
+    "constructed solution" is a shallow network followed by such blocks.  A plain block would
+    have to learn the identity.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.residual(x)                                          # (B, C, h, w)
-        # None stands for a plain block here, and for the identity in torchvision's code.
+        # Here None means that there is no shortcut; in torchvision None means the identity.
         if self.downsample is not None:
             y = y + self.downsample(x)      # slides: shortcut
         return F.relu(y)
@@ -94,7 +96,7 @@ class Bottleneck(Block):
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         # He et al. put a stage's stride into the first 1x1.  torchvision puts it into the 3x3,
-        # which is slightly better and a little dearer ("v1.5"), and its weights expect it there.
+        # which is slightly more accurate and slower ("v1.5").  Its weights expect the stride there.
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
@@ -116,13 +118,14 @@ def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 def resnet_stages(depth: int, width: int, plain: bool) -> list[nn.Sequential]:
-    """slides: conv2_x .. conv5_x, each a row of blocks; stage k has width * 2^k inner channels."""
+    """slides: conv2_x .. conv5_x.  Stage 0..3 has `width * 2^stage` inner channels."""
     bottleneck, counts = RESNETS[depth]
     block, channels, stages = Bottleneck if bottleneck else BasicBlock, width, []
     for stage, count in enumerate(counts):
         blocks = []
         for i in range(count):
-            # The first block of a stage halves the picture; conv2_x follows the pool, which has.
+            # The first block of a stage halves the picture.  The first block of conv2_x does not,
+            # because the max pool before it halves already.
             stride = 2 if stage > 0 and i == 0 else 1
             blocks.append(block(channels, width * 2 ** stage, stride, plain))
             channels = width * 2 ** stage * block.expansion
@@ -153,7 +156,7 @@ class ResNet(nn.Module):
         self.feature_dim = 8 * width * (Bottleneck if RESNETS[depth][0] else BasicBlock).expansion
         self.fc = None if num_classes is None else nn.Linear(self.feature_dim, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):        # He init: keep the variance past a ReLU
+            if isinstance(module, nn.Conv2d):        # He init keeps the variance through ReLUs
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,11 +171,12 @@ class ResNet(nn.Module):
 # --------------------------------------------------------------------------------------------
 # 2. The regressor: iterative error feedback, IEF (Sec. 3.2 and 3.4)
 #
-# It is hard to regress rotations in one go.  So the network sees its own estimate and is asked for
-# a correction, T times, with the same weights:  Theta_{t+1} = Theta_t + DeltaTheta(phi, Theta_t).
+# It is hard to regress rotations in one go.  So the network gets its own estimate as input and
+# outputs a correction, T times, with the same weights:
+#     Theta_{t+1} = Theta_t + DeltaTheta(phi, Theta_t),   Theta_0 = Theta-bar.
 
-# Theta = [cam 3 | pose 72 | betas 10] is the official order.  POSE is what lies between the other
-# two, so that the 6D variant, Theta (B, 157) with pose (B, 144), can be split as well.
+# Theta = [cam 3 | pose 72 | betas 10] is the official order.  The slice POSE takes everything
+# between the other two, so that it also fits the 6D variant, Theta (B, 157) with pose (B, 144).
 CAM, POSE, BETAS = slice(0, 3), slice(3, -10), slice(-10, None)
 
 
@@ -191,14 +195,14 @@ def mean_theta(mean_pose: Tensor, rotation: str = "axis-angle") -> Tensor:
     """Theta-bar, where IEF starts: scale 0.9, a mean pose, upright, average shape -> (1, 85).
 
     mean_pose (72,) in SMPL's frame.  With rotation "6d" Theta-bar is (1, 157), and so is every
-    Theta that follows from it.  Upright in a y-down camera means that the root is Rx(pi); all three
-    numbers of the root are set, as in the official code.  The official code reads pose and shape
-    from a file of mean parameters; here the pose is the body file's `mean_pose`, the shape is 0.
+    Theta that follows from it.  Upright in a y-down camera means that the root is Rx(pi), so the
+    mean pose's own root is replaced, as in the official code.  The official code reads pose and
+    shape from a file of mean parameters.  Here the pose is the body file's, and the shape is 0.
     """
     pose = mean_pose.detach().cpu().clone().view(24, 3)               # (24, 3)
     pose[0] = torch.tensor([math.pi, 0, 0])
     if rotation == "6d":
-        pose = batch_rodrigues(pose)[..., :2]       # (24, 3, 2), flattened: SPIN's interleaved 6D
+        pose = batch_rodrigues(pose)[..., :2]       # (24, 3, 2) two columns: SPIN's interleaved 6D
     cam = torch.tensor([0.9, 0.0, 0.0])
     return torch.cat([cam, pose.flatten(), torch.zeros(10)])[None]    # (1, 85 or 157)
 
@@ -207,10 +211,9 @@ class Regressor(nn.Module):
     """feature (B, C) -> [Theta_1 .. Theta_T], each (B, 85).
 
     Sec. 3.4: [phi, Theta] -> FC 1024 -> FC 1024 -> FC 85, with "a dropout layer in between".  The
-    official code has a dropout after each hidden layer's ReLU.  (SPIN's regressor has no ReLUs:
-    they were lost when it was written anew.)  3,321,941 parameters for C = 2048.  Theta-bar is a
-    buffer.  The official code trains it, which the paper does not mention, so that the released
-    mean differs from the one that training started from.
+    official code has a dropout after each hidden layer's ReLU.  (SPIN's regressor has no ReLUs.)
+    There are 3,321,941 parameters for C = 2048.  Theta-bar is a buffer.  The official code trains
+    it, and the paper does not mention this.  The released mean therefore differs from the first.
     """
 
     def __init__(self, feature_dim: int, theta_bar: Tensor, iterations: int = 3,
@@ -222,8 +225,8 @@ class Regressor(nn.Module):
         self.fc2 = nn.Linear(1024, 1024)
         self.fc3 = nn.Linear(1024, dim)
         for layer, gain in ((self.fc1, 1.0), (self.fc2, 1.0), (self.fc3, 0.1)):
-            # The small last layer (uniform within 0.0074) makes training start near Theta-bar.
-            # SPIN's gain is 0.01.  A default nn.Linear would start with wild bodies.
+            # The small last layer (uniform within 0.0074 for 85 outputs) makes training start near
+            # Theta-bar.  SPIN's gain is 0.01.  A default nn.Linear would start far from it.
             nn.init.xavier_uniform_(layer.weight, gain=gain)
             nn.init.zeros_(layer.bias)
         self.register_buffer("theta_bar", theta_bar)                  # (1, 85)
@@ -268,7 +271,7 @@ class HMROutput(NamedTuple):
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Matrix products and convolutions in dtype (torch.bfloat16); with None all stays as it is."""
+    """Matrix products and convolutions in dtype (torch.bfloat16); None switches nothing on."""
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
@@ -277,7 +280,7 @@ class HMR(nn.Module):
 
     rotation: "axis-angle" as in the paper, Theta (B, 85), or "6d", Theta (B, 157).
     amp: dtype of the encoder's mixed precision (torch.bfloat16) or None.  The regressor, SMPL and
-    the losses stay in float32, because millimetres and small angles need it.
+    the losses stay in float32, because bf16 loses millimetres and small angles.
     Raises ValueError for another rotation, and for images of another shape or dtype.
     """
 
@@ -325,16 +328,18 @@ class HMR(nn.Module):
 # --------------------------------------------------------------------------------------------
 # 5. The losses (Sec. 3.2)
 #
-# The paper writes sums.  The official code takes means over what is labelled.  The official weights
-# 60, 60 and 1 are only meaningful together with the denominators below.
+# The paper writes sums.  The official code takes means over what is labelled.  Its weights 60, 60
+# and 1 assume the denominators below.  The losses' "joints" are keypoints: LSP's 14 in 3D, all
+# 19 in 2D.  The skeleton's 24 joints are in no loss.
 
 RIGHT_HIP, LEFT_HIP, LSP = 2, 3, 14          # among the 19 keypoints; LSP's are the first 14
 
 
 def masked_mean(difference: Tensor, mask: Tensor, penalty: Callable) -> Tensor:
-    """Mean penalty of the differences whose mask is not 0 (as TensorFlow counts); 0 if all are.
+    """Mean penalty of the differences whose mask is not 0; 0 if every mask is 0.
 
-    `where` is applied before the penalty: a missing label may be NaN, and NaN * 0 is NaN.
+    The mask only selects: 0.5 counts as 1.  `where` is applied before the penalty, since a missing
+    label may be NaN, and NaN * 0 is NaN.
     """
     mask = (mask != 0).expand_as(difference)
     error = penalty(torch.where(mask, difference, 0))                 # as `difference`
@@ -344,26 +349,27 @@ def masked_mean(difference: Tensor, mask: Tensor, penalty: Callable) -> Tensor:
 def keypoint_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
     """L_reproj = sum_i ||v_i (x_i - xhat_i)||_1: (B, 19, 2), (B, 19, 2), (B, 19) -> ().
 
-    L1, as the equation and the code have it (Fig. 2's graphic shows a squared L2).  The mean is
-    over the visible coordinates of the whole BATCH, 2 * sum(v) of them, not per image.
+    Eq. (3) and the official code use L1.  (Fig. 2's graphic shows a squared L2.)  The mean is over
+    the visible coordinates of the whole BATCH, 2 * sum(v) of them, not per image.
     """
     return masked_mean(target - pred, visible[..., None], torch.abs)        # Eq. (3)
 
 
 def hip_midpoint(keypoints3d: Tensor) -> Tensor:
-    """The middle between the two hip keypoints: (B, 14+, 3) -> (B, 1, 3).  Not SMPL's pelvis."""
+    """The middle of the two hip keypoints, (B, 14+, 3) -> (B, 1, 3); not SMPL's pelvis joint."""
     return keypoints3d[:, RIGHT_HIP:LEFT_HIP + 1].mean(1, keepdim=True)
 
 
 def joints3d_loss(pred: Tensor, target: Tensor, has_3d: Tensor) -> Tensor:
-    """L_joints = ||X_i - Xhat_i||^2: (B, 19 or 14, 3) twice, metres; has_3d (B, 19 or 14) -> ().
+    """L_joints = ||X_i - Xhat_i||^2: pred and target (B, K, 3), metres, has_3d (B, K) -> ().
 
-    Both bodies are centred at their own hips.  The loss is 0.5 * mean over the labelled numbers, 42
-    of a body with all 14 LSP keypoints.  A body without both hips has no centre, so no label.
+    K is 19, or 14 for all three.  Both bodies are centred at their own hips.  The loss is 0.5 *
+    mean over the labelled numbers, 42 of a body with all 14 LSP keypoints.  A body without both
+    hips cannot be centred and does not count.
     """
-    error = (pred - hip_midpoint(pred)) - (target - hip_midpoint(target))   # (B, 19 or 14, 3)
+    error = (pred - hip_midpoint(pred)) - (target - hip_midpoint(target))   # (B, K, 3)
     has_hips = has_3d[:, RIGHT_HIP:LEFT_HIP + 1].amin(1, keepdim=True)      # (B, 1)
-    labelled = (has_3d * has_hips)[..., None]                         # (B, 19 or 14, 1)
+    labelled = (has_3d * has_hips)[..., None]                         # (B, K, 1)
     return 0.5 * masked_mean(error[:, :LSP], labelled[:, :LSP], torch.square)     # Eq. (5)
 
 
@@ -371,9 +377,10 @@ def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_bet
               has_smpl: Tensor) -> Tensor:
     """L_smpl = ||[beta, theta] - [betahat, thetahat]||^2: (B, 24, 3, 3), (B, 10), twice -> ().
 
-    The official code compares rotation MATRICES, root included, though Eq. (6) reads axis-angle.
-    The vectors r and r (1 - 2 pi / |r|) are the same rotation but far apart, and an upright person
-    who faces the camera (|r| = pi) sits right where they jump.  0.5 * mean over (samples x 226).
+    Eq. (6) compares axis-angle vectors, the official code rotation MATRICES, root included.  The
+    vectors r and r (1 - 2 pi / |r|) are the same rotation but far apart, and an upright person who
+    faces the camera (|r| = pi) is exactly at this jump.  The loss is 0.5 * mean over the labelled
+    samples' 226 numbers.
     """
     pred = torch.cat([rotmats.flatten(1), betas], 1)                  # (B, 226)
     target = torch.cat([target_rotmats.flatten(1), target_betas], 1)  # (B, 226)
@@ -386,11 +393,12 @@ def smpl_loss(rotmats: Tensor, betas: Tensor, target_rotmats: Tensor, target_bet
 class Discriminator(nn.Module):
     """rotmats (N, 23, 3, 3) without root, betas (N, 10) -> (N, 25) = [23 joints | all | shape].
 
-    The slides say that SMPL's factorised form makes the adversary data-efficient and stable.  One
-    network per joint learns this joint's limits, one for all joints learns how they go together,
-    and one learns the shape.  The real samples come from motion capture and need no picture.  This
-    is what replaces paired 3D labels.  The outputs are linear: least squares pulls them to 0 and 1,
-    and there is no sigmoid, although the paper writes [0, 1].
+    The slides say that SMPL's factorised form makes training the adversary data-efficient and
+    stable.  One network per joint learns this joint's limits, one for all joints learns which
+    rotations occur together, and one learns the shape.  The root is left out, since people may face
+    anywhere.  Real samples come from motion capture and need no picture.  So the prior takes the
+    place of paired 3D labels.  The squared loss pulls the outputs to 0 and 1, so there is no
+    sigmoid, although the paper writes [0, 1].
     amp: dtype of the mixed precision (torch.bfloat16) or None; the outputs are float32.
     Raises ValueError for other shapes.
     """
@@ -423,7 +431,8 @@ class Discriminator(nn.Module):
             x = F.relu(self.embed1(x))                                # (N, 23, 32)
             x = F.relu(self.embed2(x))                                # (N, 23, 32)
             per_joint = (x * self.joint_weight).sum(-1) + self.joint_bias         # (N, 23)
-            # Sec. 3.3 and the slides give this one R^{9K}; Sec. 3.4 and the code, the embedding.
+            # Sec. 3.3 and the slides feed this network the 9K numbers of all rotations.  Sec. 3.4
+            # and the official code feed it the embedding, as here.
             y = F.relu(self.all1(x.flatten(1)))                       # (N, 1024)
             y = self.all3(F.relu(self.all2(y)))                       # (N, 1)
             z = F.relu(self.shape1(betas))                            # (N, 10)
@@ -439,10 +448,11 @@ def sum_heads(error: Tensor) -> Tensor:
 def encoder_adversarial_loss(fake: Tensor) -> Tensor:
     """L_adv(E) = sum_i E[(D_i(E(I)) - 1)^2]: D's outputs on predictions (N, 25) -> ().
 
-    E(I) is the Theta that the encoder predicts from image I.  The "encoder error" of the slides is
-    D's verdict on it: through this verdict the gradient reaches E.  D itself is held fixed here; it
-    learns by Eq. (8) alone.  The mean is over N = B*T bodies; a sum over the T iterations, as the
-    slides read literally, would be T times larger.
+    E(I) is the Theta that the encoder predicts from image I, and D_i(E(I)) is D's output on it.
+    (The slides ask "Encoder error?": this is it.)  The gradient reaches E through D, which
+    train.py freezes meanwhile, so that D learns by Eq. (8) alone.  The mean is over N = B*T
+    bodies.  The slides can be read as a sum over the T iterations, which would be T times
+    larger.
     """
     return sum_heads((fake - 1).square())                             # Eq. (7)
 
@@ -450,7 +460,8 @@ def encoder_adversarial_loss(fake: Tensor) -> Tensor:
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """L(D_i) = E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2], summed over i: (N, 25) twice -> ().
 
-    `fake` must come from DETACHED predictions: D's step must not move the encoder.
+    The caller detaches the predictions behind `fake`, so that D's loss does not move the encoder.
+    There are as many real samples as predictions.
     """
     return sum_heads((real - 1).square()) + sum_heads(fake.square())  # Eq. (8)
 

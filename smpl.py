@@ -1,17 +1,18 @@
 """SMPL, a body that one can differentiate: (betas, pose) -> vertices, joints, keypoints.
 
-Chapter 1 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  The chapter is HMR Sec. 3.1; SMPL itself
-is Loper et al., "SMPL: A Skinned Multi-Person Linear Model", 2015.  SMPL starts from a mesh of V
-vertices in a T-pose.  It (1) gives the mesh a person's shape, (2) finds that person's joints,
-(3) corrects the mesh for the pose, (4) poses the skeleton, and (5) moves the skin along with the
-skeleton.  The function `lbs` below is these five steps.  Read `lbs` first.
+Chapter 1 of 4 (smpl.py <- hmr.py <- data.py <- train.py: each chapter imports those before it).
+The chapter is HMR Sec. 3.1.  SMPL is Loper et al., "SMPL: A Skinned Multi-Person Linear Model",
+2015.  SMPL starts from a mesh of V vertices in a T-pose.  It (1) gives the mesh a person's shape,
+(2) finds that person's joints, (3) corrects the mesh for the pose, (4) poses the skeleton, and
+(5) moves the skin along with the skeleton.  The function `lbs` below is these five steps.  Read
+`lbs` first.
 
 Axes:  B bodies   V vertices (1,229 in the open body, 6,890 in SMPL)   F triangles   24 joints
        U vertices that the keypoints are made of   19 keypoints   10 betas   C coefficients
        207 = 23 joints * 9 numbers of a rotation matrix
 Frame: SMPL's own frame has x towards the person's LEFT, y UP, z forward (out of the chest), in
        metres.  The camera's frame in hmr.py has y DOWN.  The rotation Rx(pi), half a turn about
-       the x axis, leads from one to the other.  This chapter knows nothing about cameras.
+       the x axis, turns either frame into the other.  This chapter knows nothing about cameras.
 Rotations act on column vectors, v' = R v.  `pose` holds axis-angle vectors: the direction of such
 a vector is the axis, its length is the angle in radians.
 
@@ -62,24 +63,25 @@ OPEN_BODY = Path(__file__).resolve().parent / "assets" / "body.npz"
 # 2. Rotations
 
 def batch_rodrigues(pose: Tensor) -> Tensor:
-    """Axis-angle to rotation matrix; value and gradient are exact everywhere, also at zero.
+    """Axis-angle to rotation matrix.  Value and gradient are exact to rounding, also at zero.
 
     pose (..., 3) radians -> (..., 3, 3).  Rodrigues: R = I + sin(a)/a K + (1 - cos a)/a^2 K^2,
     where a = |r| and K = [r]x, the matrix with K v = r x v.  The published implementations compute
     the angle of r + 1e-8 instead.  Their result is NaN at r = (-1e-8, -1e-8, -1e-8) and inexact
     near zero.  Here both factors are functions of a^2, and near zero, where the quotients would be
-    0/0, their Taylor series take over.  Raises ValueError for another shape.
+    0/0, their Taylor series take over.  Raises ValueError if the last axis is not 3.
     """
     if pose.shape[-1:] != (3,):
         raise ValueError(f"axis-angle must be (..., 3), got {tuple(pose.shape)}")
     a2 = pose.square().sum(-1)[..., None, None]                       # (..., 1, 1)
-    small = a2 < 1e-4             # the series' next terms are below 1e-21, float64's rounding
-    # The quotients need a safe number where a is small.  `where` alone would drop their values, but
-    # the backward pass would still multiply 0 by infinity there, and that is NaN.
+    small = a2 < 1e-4             # so that the series' next terms are below 1e-21
+    # Where a is small, we divide by 1 instead, and `where` discards that quotient.  If we
+    # divided by a, its value would be discarded, too, but the backward pass would multiply 0 by
+    # infinity.
     safe = torch.where(small, torch.ones_like(a2), a2)
     a = safe.sqrt()
     sin_over_a = torch.where(small, 1 - a2 / 6 * (1 - a2 / 20 * (1 - a2 / 42)), a.sin() / a)
-    # 1 - cos a = 2 sin^2(a/2); the right side does not cancel for small angles in float32
+    # 1 - cos a = 2 sin^2(a/2).  In float32 the right side loses no digits at small angles.
     versine_over_a2 = torch.where(small, 0.5 - a2 / 24 * (1 - a2 / 30 * (1 - a2 / 56)),
                                   2 * (a / 2).sin().square() / safe)
     x, y, z = pose.unbind(-1)                                         # (...) each
@@ -90,11 +92,11 @@ def batch_rodrigues(pose: Tensor) -> Tensor:
 
 
 def rot6d_to_rotmat(x: Tensor) -> Tensor:
-    """Six numbers to a rotation matrix by Gram-Schmidt (Zhou et al. 2019).  SPIN uses it, HMR not.
+    """Six numbers to a rotation matrix by Gram-Schmidt (Zhou et al. 2019); SPIN's form, not HMR's.
 
     x (..., 6) -> (..., 3, 3).  The layout is SPIN's: x, seen as a (3, 2) matrix, holds the first
     two columns of R, so that the identity is [1,0,0,1,0,0].  (4D-Humans stores one column after
-    the other.)  Raises ValueError for another shape.
+    the other.)  Raises ValueError if the last axis is not 6.
     """
     if x.shape[-1:] != (6,):
         raise ValueError(f"6D rotations must be (..., 6), got {tuple(x.shape)}")
@@ -120,18 +122,19 @@ def blend_shapes(coefficients: Tensor, directions: Tensor) -> Tensor:
 
 def batch_rigid_transform(rotmats: Tensor, joints: Tensor,
                           parents: tuple[int, ...] | Tensor) -> tuple[Tensor, Tensor]:
-    """Forward kinematics: pose the skeleton, each joint in its parent's frame.
+    """Forward kinematics: pose the skeleton.  Each rotation is given in its parent's frame.
 
     rotmats (B, 24, 3, 3) relative to the parent, joints (B, 24, 3) at rest ->
     posed joints (B, 24, 3), and A (B, 24, 4, 4), the motion of each bone from rest to posed.
     """
     # Each bone turns about its own joint J: x -> R (x - J) + J = R x + (J - R J).  Without the term
-    # J - R J a bone turns about the origin, and the body explodes.  This holds for the root, too.
+    # J - R J a bone turns about the origin, and the body explodes.  The root has a joint, too.
     t = joints - (rotmats @ joints[..., None])[..., 0]                # (B, 24, 3)
     last_row = torch.eye(4, dtype=t.dtype, device=t.device)[3].expand(*t.shape[:2], 1, 4)
     local = torch.cat([torch.cat([rotmats, t[..., None]], 3), last_row], 2)       # (B, 24, 4, 4)
-    # Then the parent's motion carries the bone along: A_i = A_parent local_i.  SMPL's paper writes
-    # A_i = G_i(pose) G_i(rest)^-1.  That is the same, since the bone vectors J_i - J_parent cancel.
+    # Then the parent's motion is applied: A_i = A_parent local_i.  SMPL's paper writes
+    # A_i = G_i(pose) G_i(rest)^-1.  Both give the same matrices: if one multiplies out two
+    # bones, the bone vector J_i - J_parent cancels.
     bones = [local[:, 0]]                                             # (B, 4, 4) each
     for i in range(1, len(parents)):
         bones.append(bones[parents[i]] @ local[:, i])
@@ -149,15 +152,15 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
     posedirs (V, 3, 207), J_regressor (24, V), parents (24,), weights (V, 24)
     -> vertices (B, V, 3), joints (B, 24, 3), in metres.
     """
-    # 1. Shape: who is it?
+    # 1. Shape: add the person's own form.
     v_shaped = v_template + blend_shapes(betas, shapedirs)            # (B, V, 3)
     # 2. The joints of THIS person, in the rest pose and before any pose correction:
-    #    J = J_regressor @ v_shaped, written so that the bodies are not multiplied one by one.
+    #    J = J_regressor @ v_shaped.  einsum does it for all B bodies in one product.
     J = torch.einsum("jv,bvc->bjc", J_regressor, v_shaped)            # (B, 24, 3)
     # 3. Pose blend shapes correct what skinning alone gets wrong (elbows that collapse, knees that
     #    bulge).  They are linear in the elements of R - I, so that the rest pose needs none.
     #    The root is left out, because turning the whole body bends nothing.  With the root there
-    #    would be 216 features instead of 207, and a body that is only turned would be dented.
+    #    would be 216 features instead of 207, and turning a body would deform it.
     eye = torch.eye(3, dtype=rotmats.dtype, device=rotmats.device)
     pose_feature = (rotmats[:, 1:] - eye).flatten(1)                  # (B, 207)
     v_posed = v_shaped + blend_shapes(pose_feature, posedirs)         # (B, V, 3)
@@ -174,7 +177,7 @@ def lbs(betas: Tensor, rotmats: Tensor, v_template: Tensor, shapedirs: Tensor, p
 # 4. A body file as a module
 
 def without_autocast(method: Callable) -> Callable:
-    """Decorator that switches a caller's autocast off: bfloat16 would move a body by 1 cm."""
+    """Decorator that switches a caller's autocast off: bfloat16 moves vertices by millimetres."""
     def in_full_precision(self, x: Tensor, *args, **options):
         with torch.autocast(x.device.type, enabled=False):
             return method(self, x, *args, **options)
@@ -182,15 +185,15 @@ def without_autocast(method: Callable) -> Callable:
 
 
 def keypoint_body(data: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The part of a body that training needs -> its arrays for `lbs`, and which vertices it has.
+    """The part of a body that training needs -> its arrays for `lbs`, the indices of its vertices.
 
     The losses look at joints and keypoints, not at the skin.  So we keep a second, smaller body.
     Its points are the U vertices that the keypoints are made of, followed by the 24 rest joints.
-    The rest joints are linear in the betas, as vertices are: J_regressor (template + shapedirs
-    betas).  So J_regressor is multiplied by template and shapedirs here, once.  No pose blend shape
-    and no skinning applies to rest joints, so their posedirs and weights are 0, and step 2 of `lbs`
-    reads them off as the last 24 points.  With it a training step skins the open body 8 times
-    faster.
+    The rest joints, J_regressor @ (template + shapedirs betas), are linear in the betas, as
+    vertices are.  So J_regressor is multiplied by template and shapedirs here, once.  No pose
+    blend shape and no skinning applies to rest joints, so their posedirs and weights are 0.
+    Step 2 of `lbs` picks the last 24 points.  The smaller body has 166 points, where the open
+    body has 1,229.
     """
     J, used = data["J_regressor"], data["cocoplus_regressor"].any(0).nonzero()[0]  # (24, V), (U,)
     rest_joints = {"v_template": J @ data["v_template"],
@@ -204,14 +207,14 @@ def keypoint_body(data: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], n
 class SMPLOutput(NamedTuple):
     vertices: Tensor | None   # (B, V, 3), None if not asked for
     joints: Tensor            # (B, 24, 3) the skeleton's joints
-    keypoints: Tensor         # (B, 19, 3) regressed from the skin, KEYPOINT_NAMES
+    keypoints: Tensor         # (B, 19, 3) weighted means of the POSED vertices, KEYPOINT_NAMES
 
 
 class SMPL(nn.Module):
     """A body file as a module.  `SMPL()` is the open body, `SMPL(path)` any SMPL .npz or .pkl.
 
-    All arrays are buffers, so that `.double()` and `.to(device)` work.  No buffer is persistent, so
-    that no checkpoint ever carries a licensed body: a checkpoint stores `name` and `sha256`.
+    All arrays are buffers, so that `.double()` and `.to(device)` work.  No buffer is persistent.
+    Checkpoints therefore hold no licensed body, and store only its `name` and `sha256`.
     Loading rounds to float32, and `.double()` does not bring the lost digits back.
     Raises FileNotFoundError or ValueError as `load_body` does.
     """
@@ -271,17 +274,17 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Keys: v_template (V,3), shapedirs (V,3,10), posedirs (V,3,207), J_regressor (24,V),
     weights (V,24), cocoplus_regressor (19,V), f (F,3), parents (24,), mean_pose (72,).
-    This function knows the project's own layout alone, a plain .npz.  Official files go to
-    appendix/body_file.py, which also says what is wrong with a broken one.  Raises
-    FileNotFoundError or ValueError with one sentence that names file, key and remedy.
+    The function first tries the project's own layout, a plain .npz.  Any other file goes to
+    appendix/body_file.py, which reads official files and says what is wrong with a broken one.
+    Raises FileNotFoundError or ValueError with one sentence that names file, key and remedy.
     """
     path = plain_file(path, "a body file; give --smpl its place, or leave --smpl out for the open "
                             "body")
     try:
         return read_plain_body(path)
-    except Exception:                               # numpy's, zipfile's and zlib's many
+    except Exception:                               # numpy, zipfile and zlib raise many kinds
         pass
-    try:                                            # the one import of the appendix in a chapter
+    try:                                            # no other line imports the appendix
         from appendix.body_file import read_body_file
     except ModuleNotFoundError:                     # a copy without the appendix's folder
         raise ValueError(printable(f"{path}: not a body in this project's plain layout; official "
@@ -291,7 +294,7 @@ def load_body(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_plain_body(path: Path) -> dict[str, np.ndarray]:
-    """The project's own layout, as of assets/body.npz.  Raises any exception for any other file."""
+    """The project's own layout, as of assets/body.npz.  Any other file raises some exception."""
     with np.load(path, allow_pickle=False) as file:
         if sum(member.file_size for member in file.zip.infolist()) > 2 ** 30:
             raise ValueError("unpacks to more than 1 GiB")
@@ -307,7 +310,7 @@ def read_plain_body(path: Path) -> dict[str, np.ndarray]:
     faces, data["f"] = data["f"], data["f"].astype(np.int64)
     if data["parents"].tolist() != list(PARENTS) or (data["f"] != faces).any() or not (
             0 <= faces.min() <= faces.max() < V and all(np.isfinite(data[k]).all() for k in data)):
-        raise ValueError("another tree, triangles of other vertices, NaN")
+        raise ValueError("the tree, the triangles or the numbers are not a body's")
     return {key: data[key] for key in (*shapes, "parents") if key != "kintree_table"}
 
 
@@ -324,8 +327,8 @@ def load_tensors(path: str | os.PathLike) -> dict:
     """A dict that torch.save wrote, read without running code.  Raises ValueError, OSError."""
     path = plain_file(path, "a checkpoint")
     try:
-        if zipfile.is_zipfile(path):                # files of PyTorch before 1.6 are none
-            with zipfile.ZipFile(path) as archive:  # PyTorch does not compare the checksums
+        if zipfile.is_zipfile(path):                # older files than PyTorch 1.6's are not
+            with zipfile.ZipFile(path) as archive:  # PyTorch itself checks no checksums
                 size = sum(member.file_size for member in archive.infolist())
                 if size > 2 ** 32 or archive.testzip():
                     raise ValueError("more than 4 GiB, or a flipped bit")
@@ -341,8 +344,8 @@ def load_tensors(path: str | os.PathLike) -> dict:
 def require_finite(state: dict, name: str, remedy: str = "name another file") -> None:
     """Raises ValueError if a network's or an optimiser's state holds NaN or an odd tensor.
 
-    A tensor is odd if it has no memory of its own for each of its numbers (sparse, expanded): a
-    later write to it would go astray.
+    A tensor is odd if it has no memory of its own for each of its numbers (sparse, expanded).  A
+    later in-place write to it would change other numbers, too.
     """
     found = dict(state)
     for number, kept in state.get("state", {}).items():             # an optimiser's
@@ -372,8 +375,8 @@ def save_obj(path: str | os.PathLike, vertices: Tensor, faces: Tensor) -> None:
 def write_atomically(path: str | os.PathLike, content: bytes, is_new: bool = False) -> None:
     """Write under a temporary name, then rename: an interrupted write leaves no half file.
 
-    An old file of this name stays until then; with is_new there must be none, and of two programs
-    that try it one fails.  Raises OSError with a sentence.
+    An old file stays until the rename.  With is_new no file may exist, and if two programs try at
+    once, one of them fails.  Raises OSError with a sentence.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -392,15 +395,15 @@ def write_atomically(path: str | os.PathLike, content: bytes, is_new: bool = Fal
 
 
 def printable(text: object) -> str:
-    """Text of others in one line: what could steer a terminal is escaped, as \\x1b or \\n."""
+    """Escape characters that could steer a terminal, as \\x1b or \\n, in a text of others."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def exit_status(program: str, run: Callable[[], None]) -> int:
     """Run a command -> its exit status.
 
-    Bad input (ValueError, OSError) and a full memory end in one sentence and status 2, Ctrl-C in
-    130.  Letters that the terminal lacks are escaped.
+    Bad input (ValueError, OSError) and a full memory print one sentence and return 2.  Ctrl-C
+    returns 130.  Letters that the terminal cannot show are escaped.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):          # a notebook's streams lack it

@@ -1,11 +1,11 @@
-"""Train HMR: hyperparameters, one step of the two players, the straight loop, the measures.
+"""Train HMR: hyperparameters, one step of the two players, the training loop, the measures.
 
 Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
 
     python train.py --small --overfit --steps 150 --out runs/overfit    # can it learn one batch?
     python train.py --small                         # some 7 minutes on two CPU cores
     python train.py --eval runs/small/checkpoint.pt # prints the table of a finished run again
-    python train.py                                 # official recipe (ResNet-50, 224 px): days
+    python train.py                                 # official settings (ResNet-50, 224 px)
     python train.py --resume --out runs/small       # goes on with a run that was stopped
 
 Axes:  B pictures   T regression iterations   N = B * T   19 keypoints (the first 14 are LSP's)
@@ -16,7 +16,6 @@ import argparse
 import copy
 import dataclasses
 import datetime
-import functools
 import io
 import json
 import math
@@ -44,11 +43,12 @@ from smpl import (SMPL, batch_rodrigues, exit_status, load_tensors, require_fini
 # 1. Hyperparameters
 #
 # Weights of the losses, batch, steps and rates are those of the official script, do_train.sh.  (The
-# defaults of the official flags differ from it.)  "Our choice" marks what neither has.
+# defaults of the official flags differ from it.)  A setting is our choice if its help names no
+# source.
 
 def option(default, help: str, choices: tuple | None = None, least: float | None = None,
            below: float = 2 ** 63):
-    """A field of Config and a flag of the command line: one of choices, or in [least, below)."""
+    """A field of Config and a flag.  Its value is one of choices, or lies in [least, below)."""
     return dataclasses.field(default=default, metadata=dict(help=help, allowed=(choices, least,
                                                                                 below)))
 
@@ -62,63 +62,63 @@ class Config:
     iterations: int = option(3, "iterations T of the regressor (Sec. 3.4: 3)", least=1)
     dropout: float = option(0.5, "dropout in the regressor (official code: 0.5)", least=0, below=1)
     rotation: str = option("axis-angle", "form of the regressed rotations", ("axis-angle", "6d"))
-    pretrained: str = option("imagenet", "first weights of the encoder: imagenet, none, or a FILE")
+    pretrained: str = option("imagenet", "initial weights of the encoder: imagenet, none, or FILE")
     # the world
     smpl: str = option("", "body file, .npz or official .pkl (default: the open body)")
     size: int = option(224, "side of the crop in pixels (Sec. 3.4: 224)", least=32)
     crop: str = option("official", "size of the person in the crop; tight is larger", tuple(CROPS))
-    look: str = option("hard", "look of people and background (our choice)", ("plain", "hard"))
-    upright: bool = option(False, "choice of the clips in which people are mostly upright")
-    validate: str = option("", "training CLIP to measure, left out of training: to choose settings")
-    paired: bool = option(True, "3D labels for half of each batch (Sec. 3.4); without: Fig. 4")
-    # the losses; the weights are only meaningful with the denominators in hmr.py
-    adv: bool = option(True, "discriminators and L_adv (Sec. 3.3); without and unpaired: Fig. 5")
+    look: str = option("hard", "look of people and background", ("plain", "hard"))
+    upright: bool = option(False, "restriction to the clips in which people are mostly upright")
+    validate: str = option("", "CLIP that is left out of training and measured, to choose settings")
+    paired: bool = option(True, "3D labels for half of each batch (Sec. 3.4; Fig. 4 has none)")
+    # the losses; their weights assume the denominators in hmr.py
+    adv: bool = option(True, "discriminators and L_adv (Sec. 3.3; Fig. 5 has neither them nor 3D)")
     weight_kp: float = option(60.0, "weight of L_reproj (do_train.sh: 60)", least=0)
     weight_joints: float = option(60.0, "weight of L_joints (do_train.sh: e_3d_weight 60)", least=0)
     weight_smpl: float = option(60.0, "weight of L_smpl (do_train.sh: e_3d_weight 60)", least=0)
     weight_adv: float = option(1.0, "weight of L_adv (do_train.sh: 1; Eq. (1))", least=0)
-    # the optimisation; no weight decay, since the official code registers one that no loss reads
+    # the optimisation; no weight decay, since the official code sets one but adds it to no loss
     batch: int = option(64, "pictures in a step (Sec. 3.4: 64)", least=2)
-    # do_train.sh's 75 epochs of 569,753 / 64 steps, to the released checkpoint; the paper says 55
+    # the released checkpoint's number, 74.99 of do_train.sh's 75 epochs; the paper says 55 epochs
     steps: int = option(667_589, "number of optimiser steps", least=1)
     lr: float = option(1e-5, "learning rate of encoder and regressor (Sec. 3.4: 1e-5)", least=0)
-    lr_d: float = option(1e-4, "learning rate of the discriminators (Sec. 3.4: ten times)", least=0)
-    schedule: str = option("constant", "course of the learning rates", ("constant", "onecycle"))
-    amp: str = option("auto", "precision; auto: bf16 if it is native", ("auto", "bf16", "off"))
-    overfit: bool = option(False, "training on ONE batch; L_kp, L_joints and L_smpl must fall far")
+    lr_d: float = option(1e-4, "learning rate of the discriminators (Sec. 3.4: 1e-4)", least=0)
+    schedule: str = option("constant", "course of both learning rates", ("constant", "onecycle"))
+    amp: str = option("auto", "precision; auto is bf16 if native", ("auto", "bf16", "off"))
+    overfit: bool = option(False, "training on ONE batch, as a check that the losses fall far")
     record: bool = option(True, "recording of the training step as one CUDA graph, on one GPU")
     # the run
     seed: int = option(0, "seed of initialisation and training; not of the evaluation", least=0)
     device: str = option("auto", "device; auto: cuda if there is one", ("auto", "cpu", "cuda"))
     out: str = option("", "folder of the run (default: runs/full; with --small: runs/small)")
-    log_every: int = option(50, "steps for a line of the log, which shows their means", least=1)
+    log_every: int = option(50, "steps that are averaged in one line of the log", least=1)
     picture_every: int = option(500, "steps between two pictures", least=1)
     eval_pictures: int = option(512, "pictures of held-out motion to measure at the end", least=1)
 
 
 # --small is printed as a list of changes to the defaults.  It sees 4 million small pictures
 # (256,000 without a GPU) instead of 43 million, so the learning rates are a hundred times the
-# paper's, and annealed; their ratio is still 1:10.  There is no dropout, because no picture is seen
-# twice.  Joints and rotations weigh more against the adversary, and the adversary less against the
-# 2D.  6D rotations have no seam, while axis-angle has one at a half turn.
+# paper's, and fall to 0; their ratio is still 1:10.  There is no dropout, because no picture is
+# seen twice.  L_joints and L_smpl have larger weights than in do_train.sh, L_adv has a smaller one.
+# 6D rotations are continuous, while axis-angle jumps at half a turn.
 SMALL = dict(depth=18, width=64, size=64, crop="tight", look="plain", upright=True, dropout=0.0,
              pretrained="none", rotation="6d", weight_joints=300.0, weight_smpl=120.0,
              weight_adv=0.25, lr=1e-3, lr_d=1e-2, schedule="onecycle", batch=256, steps=16_000)
 SMALL_CPU = dict(width=32, size=48, batch=64, steps=4_000)            # without a GPU
-EVALUATION_SEED = 2018                  # test pictures are the same whatever --seed says
-SAVE_SECONDS = 60                       # between two checkpoints, each at a line of the log
+EVALUATION_SEED = 2018                  # of the test pictures, which do not depend on --seed
+SAVE_SECONDS = 60                       # at least, between two checkpoints
 
 
 # --------------------------------------------------------------------------------------------
 # 2. The training loop (Sec. 3.4)
 
 class Losses(NamedTuple):
-    """What one step reports, () each, detached; the log's columns.  Only loss_E is weighted."""
+    """What one step reports: detached scalars, the log's columns.  Only loss_E is weighted."""
     loss_E: Tensor            # Eq. (1), weighted
     L_kp: Tensor              # Eq. (3)
     L_joints: Tensor          # Eq. (5)
     L_smpl: Tensor            # Eq. (6)
-    L_adv: Tensor             # Eq. (7), judged by D as it is AFTER its own step
+    L_adv: Tensor             # Eq. (7), computed AFTER D's step
     loss_D: Tensor            # Eq. (8)
     D_real: Tensor            # D's mean output on motion capture, BEFORE its step
     D_fake: Tensor            # D's mean output on predictions, BEFORE its step
@@ -134,12 +134,12 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
     over the processes.  Each process uses the denominators of its own losses.
     """
     thetas, pred = E(batch.image)    # T x (B, 85 or 157), the latter with 6D; decoded Theta_T
-    # slides: "if t = T the full L, else L_adv": all T face the adversary (Theta_0 does not)
+    # slides: "if t = T the full L, else L_adv": D judges all T of them, but not Theta_0
     _, pose, betas = split_theta(torch.cat(thetas))         # (N, 72 or 144), (N, 10); N = B * T
     rotmats = pose_to_rotmats(pose)[:, 1:]                            # (N, 23, 3, 3) without root
     D_real = D_fake = loss_D = L_adv = betas.new_zeros(())            # they stay 0 without D
 
-    # ---- (1) update D:  min_D  sum_i E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2]            Eq. (8) --
+    # ---- (1) update D:  min_D  sum_i (E[(D_i(Theta) - 1)^2] + E[D_i(E(I))^2])          Eq. (8) --
     if config.adv:
         real = D(*motion)                                             # (N, 25)
         fake = D(rotmats.detach(), betas.detach())                    # (N, 25) nothing reaches E
@@ -154,8 +154,8 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
     L_kp = keypoint_loss(pred.keypoints2d, batch.keypoints2d, batch.visible)      # ()
     L_joints = joints3d_loss(pred.keypoints3d, batch.keypoints3d, batch.has_3d)   # ()
     L_smpl = smpl_loss(pred.rotmats, pred.betas, batch.rotmats, batch.betas, batch.has_smpl)  # ()
-    if config.adv:                    # D judges after its own step (official code: both at once)
-        D.requires_grad_(False)       # L_adv moves E only: D needs no gradients
+    if config.adv:                    # the official code updates D and E at once
+        D.requires_grad_(False)       # only E learns from L_adv
         verdict = D(rotmats, betas)                                   # (N, 25)
         D.requires_grad_(True)
         L_adv = encoder_adversarial_loss(verdict)                     # ()
@@ -169,7 +169,7 @@ def train_step(E: HMR, D: nn.Module, opt_E: torch.optim.Optimizer, opt_D: torch.
 
 
 def lr_factor(step: int, config: Config) -> float:
-    """Factor on both learning rates: 1, or one cycle (a linear rise, then a cosine to 0)."""
+    """What both rates are multiplied by: 1, or one cycle (a linear rise, then a cosine to 0)."""
     if config.schedule == "constant":
         return 1.0
     rise = 0.1 * config.steps
@@ -178,7 +178,7 @@ def lr_factor(step: int, config: Config) -> float:
 
 
 def training_world(config: Config, smpl: SMPL) -> SyntheticPeople:
-    """The training clips' people; under torchrun each process draws its share, other pictures."""
+    """The training clips' people.  Under torchrun each process draws batch / P other pictures."""
     rank, ranks = rank_and_ranks()
     frames = load_mocap(config.upright, False, config.validate)       # (M, 24, 3)
     return SyntheticPeople(smpl, frames, config.batch // ranks, config.size, config.look,
@@ -187,13 +187,13 @@ def training_world(config: Config, smpl: SMPL) -> SyntheticPeople:
 
 def train(config: Config, checkpoint: dict | None = None, make_world: Callable = training_world,
           make_D: Callable = Discriminator) -> dict:
-    """Train, from the start or from a checkpoint; evaluate; write all to the folder config.out.
+    """Train from the start or from a checkpoint, evaluate, and write all to the folder config.out.
 
-    make_world(config, smpl): what to train on.  A world has `batch(step)`, `motion(n, step)`,
-    `batch_size` and `name`, a string that says what the world is made of.  make_D(): other
-    discriminators than the paper's, (N, 23, 3, 3) and (N, 10) -> (N, 25), with an attribute `amp`.
-    Returns what metrics.json holds.  Raises ValueError or OSError (a used folder, a bad file), and
-    after Ctrl-C KeyboardInterrupt with a sentence that says how to go on.
+    make_world(config, smpl) makes what to train on.  A world has `batch(step)`, `motion(n, step)`,
+    `batch_size` and `name`, a string that says what the world is made of.  make_D() makes the
+    discriminators, (N, 23, 3, 3) and (N, 10) -> (N, 25), which have an attribute `amp`.
+    Returns what metrics.json holds.  Raises ValueError or OSError (a used folder, a bad file).
+    After Ctrl-C it raises KeyboardInterrupt with a sentence that says how to go on.
     """
     config = settle(config)
     out, (rank, ranks) = Path(config.out), rank_and_ranks()           # 0 of 1 unless by torchrun
@@ -216,8 +216,8 @@ def train(config: Config, checkpoint: dict | None = None, make_world: Callable =
     log, shown = Log(config, checkpoint), pictures_to_show(config, smpl, world)
     saved_step, saved_at = log.start, log.seconds()
     model.train(), D.train()
-    E, judges = [average_gradients(net, ranks) for net in (model, D)]
-    take_step = functools.partial(train_step, E, judges, opt_E, opt_D, config=config)
+    E, wrapped_D = [average_gradients(net, ranks) for net in (model, D)]
+    take_step = lambda batch, motion: train_step(E, wrapped_D, opt_E, opt_D, batch, motion, config)
     take_step = RecordedStep(take_step) if records(config) else take_step
     try:
         for step in range(log.start, config.steps):
@@ -226,7 +226,7 @@ def train(config: Config, checkpoint: dict | None = None, make_world: Callable =
             batch = world.batch(0 if config.overfit else step)
             N = config.iterations * world.batch_size                  # as many real as predicted
             motion = world.motion(N, step) if config.adv else None    # (N, 23, 3, 3), (N, 10)
-            torch.manual_seed(seed_of(config.seed, step, rank))       # dropout's masks
+            torch.manual_seed(seed_of(config.seed, step, rank))       # fixes dropout's masks
             losses = take_step(batch, motion)
             if log.add(step, losses) and (step + 1 == config.steps or
                                           log.seconds() > saved_at + SAVE_SECONDS):
@@ -250,8 +250,7 @@ def compute_similarity_transform(source: Tensor, target: Tensor) -> Tensor:
     """Procrustes: source (B, P, 3) moved onto target (B, P, 3) by a scale, rotation and shift.
 
     Each body has its own transform.  The rotation is proper (det = +1), since a mirrored body must
-    not be excused.  B and P >= 3 may have any values.  (Code that guesses which axis holds the
-    points fails for B = P = 3.)
+    count as wrong.  B and P >= 3 may have any values.
     """
     mu_s, mu_t = source.mean(1, keepdim=True), target.mean(1, keepdim=True)       # (B, 1, 3)
     s, t = source - mu_s, target - mu_t                               # (B, P, 3)
@@ -268,7 +267,7 @@ def pose_errors(pred: HMROutput, true: HMROutput) -> dict[str, Tensor]:
     """Per-picture errors of one decoded prediction against the truth (HMROutputs with vertices).
 
     mpjpe (B, 14), pa_mpjpe (B, 14), pve (B, V) in mm; px (B, 19) in pixels of a 224 crop; turned
-    (B,): 100 where the heading, the root's rotation, is over 90 degrees off.
+    (B,): 100 where the root's rotation is over 90 degrees off.
     For MPJPE (as in the official code) and PVE both bodies are centred at their hips' midpoint.
     """
     hips_p, hips_t = hip_midpoint(pred.keypoints3d), hip_midpoint(true.keypoints3d)     # (B, 1, 3)
@@ -286,8 +285,8 @@ def pose_errors(pred: HMROutput, true: HMROutput) -> dict[str, Tensor]:
 def summarize(errors: list[dict[str, Tensor]]) -> dict[str, float]:
     """Batches of pose_errors -> means, PCK@150 mm and AUC (0, 5 .. 150 mm) of MPJPE, in %.
 
-    A number counts if it is strictly below the threshold, as in MPI-INF-3DHP's official script, so
-    that a perfect prediction has AUC 96.8 (30 of the 31 thresholds), not 100.
+    An error counts as correct if it is strictly below the threshold, as in MPI-INF-3DHP's official
+    script, so that a perfect prediction has AUC 96.8 (30 of the 31 thresholds), not 100.
     """
     all_errors = {key: torch.cat([e[key] for e in errors]) for key in errors[0]}
     result = {key: value.mean().item() for key, value in all_errors.items()}
@@ -306,12 +305,12 @@ def recorded_rotations(config: Config, device) -> Tensor:
 
 
 def monstrosity(body: HMROutput, recorded: Tensor) -> dict[str, Tensor]:
-    """How far bodies are from any that motion capture has seen; `recorded` is (2M, 23, 9).
+    """How far each body is from the recorded rotations (2M, 23, 9).
 
     outside (B, 23): 100 where a joint's rotation is over 20 degrees away from every rotation that
-    was recorded of this joint (held-out clips: 1 in 100); mocap (B,): degrees to the nearest
-    recorded pose, mean over joints; beta3 (B, 10): 100 where |beta| is over 3 standard deviations.
-    The root does not count, because every heading is possible.
+    was recorded of this joint (1 % of the held-out clips' rotations are); mocap (B,): degrees to
+    the nearest recorded pose, mean over joints; beta3 (B, 10): 100 where |beta| is over 3
+    standard deviations.  The root does not count, because every heading is possible.
     """
     rotmats = body.rotmats[:, 1:].flatten(2)                          # (B, 23, 9)
     cosine = (torch.einsum("bjk,fjk->bfj", rotmats, recorded) - 1) / 2      # (B, 2M, 23), by traces
@@ -325,8 +324,8 @@ def evaluation_pictures(config: Config, smpl: SMPL, frames: Tensor | None = None
                         ) -> Iterator[Batch]:
     """Yield the test set in batches of 64, on the device of `smpl`.
 
-    It shows unmixed frames (M, 24, 3), by default the held-out clips'.  It is drawn on the CPU, so
-    that it shows the same people on every machine.
+    Its poses are recorded frames (M, 24, 3) without limb mixing, by default the held-out clips'.
+    It is drawn on the CPU, so that it shows the same people on every machine.
     """
     frames = load_mocap(config.upright, True, config.validate) if frames is None else frames
     world = SyntheticPeople(copy.deepcopy(smpl).cpu(), frames, 64, config.size, config.look,
@@ -338,7 +337,7 @@ def evaluation_pictures(config: Config, smpl: SMPL, frames: Tensor | None = None
 
 
 def mean_camera(config: Config, smpl: SMPL) -> Tensor:
-    """What a network that never looks would guess: the training world's mean camera (1, 3)."""
+    """The training world's mean camera (1, 3), which the lazy guesses of `evaluate` use."""
     frames = load_mocap(config.upright, False, config.validate)       # (M, 24, 3)
     world = SyntheticPeople(copy.deepcopy(smpl).cpu(), frames, 512, 2, seed=EVALUATION_SEED,
                             crop=config.crop)     # 2 pixels: only cameras are wanted
@@ -346,7 +345,8 @@ def mean_camera(config: Config, smpl: SMPL) -> Tensor:
     return cam.mean(0, keepdim=True).to(smpl.v_template.device)       # (1, 3)
 
 
-GUESSES = {"baseline": "Theta-bar", "mean_pose": "mean pose, true heading"}       # the lazy ones
+# Lazy guesses do not look at the picture; the second one is told the true root rotation.
+GUESSES = {"baseline": "Theta-bar", "mean_pose": "mean pose, true heading"}
 
 
 @torch.no_grad()
@@ -354,11 +354,11 @@ def evaluate(model: HMR, config: Config, D: nn.Module | None = None,
              frames: Tensor | None = None, cam: Tensor | None = None) -> dict:
     """All measures on the held-out clips, or on frames (M, 24, 3).
 
-    Measured are each iteration, the truth, and two lazy guesses under the mean camera (cam).
-    "baseline" is Theta-bar, which faces us, while people face anywhere.  "mean_pose" is turned the
-    TRUE way, so that only the pose is guessed.  heads: D's outputs on Theta_T and on motion.
-    The model is measured, and left, in eval mode and in float32.  Raises ValueError for bodies that
-    are not finite.
+    The table has a row for each iteration, for the truth, and for two lazy guesses under the mean
+    camera (cam).  "baseline" is Theta-bar, which faces us, while people face anywhere.  "mean_pose"
+    has the true root rotation, so that only the pose is guessed.  With D, "heads" holds the mean
+    output of each discriminator on Theta_T and on motion.  Model and D are measured, and left, in
+    eval mode and in float32.  Raises ValueError for bodies that are not finite.
     """
     model.eval().amp = None       # batch norm uses its running statistics, dropout is off
     baseline = model.regressor.theta_bar.clone()                      # (1, 85)
@@ -379,12 +379,13 @@ def evaluate(model: HMR, config: Config, D: nn.Module | None = None,
             errors.setdefault(name, []).append(pose_errors(body, bodies["truth"])
                                                | monstrosity(body, recorded))
         if D is not None:
-            scores.append(D(body.rotmats[:, 1:], body.betas))         # (B, 25) of Theta_T
+            D.amp, theta_T = None, bodies[f"iteration {len(thetas)}"]
+            scores.append(D(theta_T.rotmats[:, 1:], theta_T.betas))   # (B, 25)
     of = {name: summarize(batches) for name, batches in errors.items()}
     per_iteration = [of[f"iteration {t}"] for t in range(1, config.iterations + 1)]
     result = per_iteration[-1] | {key: of[key] for key in ("truth", *GUESSES)} | dict(
         per_iteration=per_iteration, measured_on=config.validate or "held-out clips")
-    if D is not None:       # the 25 one by one: which are winning?
+    if D is not None:       # one number for each of the 25: which tell real from fake?
         # Training ends before the step number `steps`, so D has not seen this motion.
         motion = training_world(config, model.smpl).motion(2048, config.steps)    # 2048 samples
         result["heads"] = {"real": D(*motion).mean(0).tolist(),
@@ -408,7 +409,7 @@ def check(config: Config) -> None:
 
 
 def settle(config: Config) -> Config:
-    """Check a Config; replace "auto" and the empty folder by what they mean here.  ValueError."""
+    """Check a Config and replace "auto" and the empty folder.  Raises ValueError."""
     check(config)
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if config.device not in ("auto", device):
@@ -422,14 +423,14 @@ def settle(config: Config) -> Config:
 
 
 def native_bf16(device: str) -> bool:
-    """Does the hardware compute in bf16?  (Older versions of PyTorch do not tell of a CPU: no.)"""
+    """Does the hardware compute in bf16?  Older PyTorch cannot tell for a CPU and says no."""
     return torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else \
         getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 def build(config: Config, smpl: SMPL) -> HMR:
     """A fresh model on the device of `smpl`."""
-    # TF32 would be 1 mm in a body, and it is a GPU's default in convolutions.
+    # TF32 would move a body by 1 mm, and it is a GPU's default in convolutions.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if not smpl.mean_pose.any():
@@ -441,10 +442,10 @@ def build(config: Config, smpl: SMPL) -> HMR:
 
 
 def adam(network: nn.Module, rate: float, config: Config) -> torch.optim.Adam:
-    """Adam with its usual betas; fused (one kernel) changes nothing but rounding."""
-    is_recorded = records(config)       # then the rate is a tensor, which each step fills anew
-    return torch.optim.Adam(network.parameters(), torch.tensor(rate, device=config.device)
-                            if is_recorded else rate, fused=True, capturable=is_recorded)
+    """Adam with its usual betas.  `fused` runs one kernel; only rounding differs."""
+    is_recorded = records(config)       # a recorded step reads the rate from a tensor
+    lr = torch.tensor(rate, device=config.device) if is_recorded else rate
+    return torch.optim.Adam(network.parameters(), lr, fused=True, capturable=is_recorded)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -460,9 +461,10 @@ def records(config: Config) -> bool:
 class RecordedStep:
     """A training step whose kernels are recorded once and then launched together, as a CUDA graph.
 
-    Python launches a step of --small as 1,724 kernels, one by one, at some 30 microseconds each,
-    while the kernels themselves take 14 of the step's 51 ms: the GPU waits for Python.  A graph is
-    one launch.  (One H100: 51 ms become 11.5 ms, and 6.5 ms with pictures drawn ahead.)
+    Python launches a step of --small as 1,724 kernels, one by one, at some 30 microseconds each.
+    On one H100 such a step takes 51 ms, and its kernels take 14 of them: the GPU waits for
+    Python.  A graph is one launch.  A prototype of this class brought the step to 11.5 ms, and to
+    6.5 ms with pictures drawn ahead.
 
     The recording holds addresses, not values.  So each batch is copied into the tensors that were
     there at the recording, and the losses that it returns are overwritten by the next launch.  The
@@ -487,7 +489,7 @@ class RecordedStep:
         if self.graph is None:
             self.graph, self.tensors = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
             batch, motion = Batch(*self.tensors[:len(batch)]), self.tensors[len(batch):] or None
-            try:        # thread_local: threads that load photographs may go on calling CUDA
+            try:        # thread_local: another thread (a DataLoader's) may go on calling CUDA
                 with torch.cuda.graph(self.graph, stream=self.stream,
                                       capture_error_mode="thread_local"):
                     self.losses = self.step(batch, motion)            # executes nothing yet
@@ -519,7 +521,7 @@ def load_pretrained(encoder: nn.Module, config: Config) -> None:
     else:
         weights = load_tensors(Path(config.pretrained))
         require_finite(weights, config.pretrained)
-    try:                                        # all but torchvision's classifier
+    try:                                        # without torchvision's classifier
         encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
     except (RuntimeError, AttributeError):
         raise ValueError(f"--pretrained {config.pretrained}: expected torchvision's names, and "
@@ -532,14 +534,15 @@ def load_pretrained(encoder: nn.Module, config: Config) -> None:
 def save(parts: dict, step: int, seconds: float, config: Config, world: str) -> None:
     """Write checkpoint.pt, all that a continuation needs.  Raises ValueError, OSError.
 
-    Dropout and pictures are functions of (seed, step, rank), so no random state is kept.  The body
-    is kept as its name and hash only.  On a CPU it takes 0.2 to 0.4 seconds for --small (72 MiB)
-    and 1.7 for the full recipe (328 MiB).
+    That is both networks with batch norm's statistics, Adam's states, step, seconds, settings, the
+    world's name, and the body's name and hash.  Learning rates, dropout's masks and pictures are
+    functions of (settings, seed, step, rank), so that no random state is kept.  On a CPU saving
+    takes 0.2 to 0.4 seconds for --small (72 MiB) and 1.7 for the full recipe (328 MiB).
     """
     if rank_and_ranks()[0] > 0:
         return
     smpl, file = parts["model"].smpl, io.BytesIO()
-    # Of an optimiser only its state is kept, since its settings are the config's.
+    # An optimiser's settings come from the config, so only its state is kept.
     content = {name: part.state_dict() if isinstance(part, nn.Module) else
                {"state": part.state_dict()["state"]} for name, part in parts.items()}
     for name, state in content.items():
@@ -601,7 +604,8 @@ def load(path: str | os.PathLike, smpl: str | os.PathLike | None = None,
     """A trained model to use from Python: HMR in eval mode, its discriminators, its settings.
 
     path: a run's checkpoint.pt; smpl: the body file, if it is no longer where it was in training.
-    In float32 (`model.amp = torch.bfloat16` for speed).  Raises FileNotFoundError or ValueError.
+    The model computes in float32; set `model.amp = torch.bfloat16` for speed.  Raises
+    FileNotFoundError or ValueError.
     """
     checkpoint = load_checkpoint(Path(path), os.fspath(smpl or ""))
     config = settle(Config(**checkpoint["config"] | {"device": device}))
@@ -623,7 +627,7 @@ class Log:
         self.start, self.before = (checkpoint["step"], checkpoint["seconds"]) if checkpoint else (
             0, 0.0)
         self.path = Path(config.out) / "log.csv" if rank_and_ranks()[0] == 0 else Path(os.devnull)
-        if not checkpoint and self.path.is_file():      # without a checkpoint it is of no run
+        if not checkpoint and self.path.is_file():      # without a checkpoint it belongs to no run
             self.path.replace(self.path.with_suffix(".csv.old"))
         if checkpoint and self.path.is_file():  # whole rows, without what came after the checkpoint
             old = self.path.read_text(encoding="utf-8").split("\n")[1:-1]
@@ -637,7 +641,7 @@ class Log:
         return self.before + time.perf_counter() - self.begun
 
     def add(self, step: int, losses: Losses) -> bool:
-        """Keep a step's losses; after `log_every` steps print and write their means -> did it?
+        """Keep a step's losses.  After `log_every` steps write a line of means -> was one written?
 
         The losses stay on the device until then, so that the program does not wait for a GPU.
         Raises ValueError if they are not finite.
@@ -665,7 +669,7 @@ class Log:
 
 
 def pictures_to_show(config: Config, smpl: SMPL, world) -> Batch:
-    """Four pictures for `overlays`: of held-out drawn people, or another world's first ones."""
+    """Four pictures for `overlays`: held-out drawn people, or the first four of another world."""
     if world.name == SyntheticPeople.name:
         return next(evaluation_pictures(dataclasses.replace(config, eval_pictures=4), smpl))
     return Batch(*(part[:4] for part in world.batch(0)))
@@ -683,11 +687,11 @@ def overlays(model: HMR, batch: Batch, size: int = 224) -> Tensor:
 
 
 def finish(model: HMR, D: nn.Module, shown: Batch, log: Log, world: str) -> dict:
-    """The table, the picture and metrics.json of a finished run -> what metrics.json holds."""
+    """Make the table, the picture and metrics.json of a finished run -> what metrics.json holds."""
     config, out, seconds = log.config, Path(log.config.out), log.seconds()
     save_png(out / "picture.png", overlays(model, shown))
     metrics = evaluate(model, config, D if config.adv else None) if (
-        world == SyntheticPeople.name) else {}  # another world has measures of its own
+        world == SyntheticPeople.name) else {}  # another world is measured by its own program
     metrics |= {"seconds": seconds, "images": config.steps * config.batch,
                 "precision": PRECISION[config.amp], "device": device_name(config.device),
                 "torch": torch.__version__, "seed": config.seed,
@@ -720,7 +724,7 @@ def print_table(metrics: dict) -> None:
 
 
 def print_clips(model: HMR, config: Config) -> None:
-    """PA-MPJPE of every clip beside the mean pose's: how much of what is learnt reaches others?"""
+    """Print PA-MPJPE of every clip beside the mean pose's: does the network generalise?"""
     say(f"PA-MPJPE mm of the network, of the mean pose; {config.eval_pictures} pictures a clip")
     cam = mean_camera(config, model.smpl)                             # (1, 3) the same for all
     for kind, held_out in (("training clip", False), ("measured clip", True)):
@@ -738,7 +742,7 @@ def device_name(device: str) -> str:
 # Several processes
 
 def join_the_ranks(device: str) -> None:
-    """Meet the P processes ("ranks") that torchrun started, one a GPU; without torchrun, nothing.
+    """Join the P processes ("ranks") that torchrun started, one a GPU.  Does nothing without it.
 
     Each process draws batch / P pictures, `backward` averages the gradients, so that all take the
     same step, and rank 0 alone prints, saves and evaluates.
@@ -759,7 +763,7 @@ def rank_and_ranks() -> tuple[int, int]:
 
 def average_gradients(network: nn.Module, ranks: int) -> nn.Module:
     """Under torchrun, a wrapper whose `backward` averages gradients over the processes."""
-    # The buffers need not be sent: SMPL's never change, and of batch norm's rank 0's are saved.
+    # Buffers are not synchronised: SMPL's never change, and rank 0's of batch norm are saved.
     return network if ranks == 1 else nn.parallel.DistributedDataParallel(
         network, broadcast_buffers=False)
 
@@ -788,7 +792,7 @@ def make_config(given: dict, preset: dict) -> Config:
     """The defaults, then a preset, then the flags that were given.  Raises ValueError."""
     config = settle(Config(**(preset | given)))
     if config.pretrained == "none" and config.lr == Config.lr:
-        say(f"--pretrained none: --lr {config.lr:g} suits pretrained weights, 1e-4 a fresh start")
+        say(f"--lr {config.lr:g} suits pretrained weights; 1e-4 suits a fresh start")
     return config
 
 
@@ -841,14 +845,14 @@ def run(argv: list[str] | None, make_world: Callable = training_world,
         make_D: Callable = Discriminator) -> None:
     """The command.  make_world and make_D are train()'s: another program trains through them."""
     parser = argparse.ArgumentParser(description="Train HMR, or measure it.", allow_abbrev=False)
-    parser.add_argument("--small", action="store_true", help="preset: small network and pictures")
+    parser.add_argument("--small", action="store_true", help="preset of a small network")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continuation of the run in --out")
     mode.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="checkpoint to measure only")
     given, args = parse(parser, argv)
     join_the_ranks(given.get("device", "auto"))
     if args.eval:
-        measure(args.eval, given | ({"small": True} if args.small else {}))
+        measure(args.eval, given | ({"small": True} if args.small else {}))       # refused there
     else:
         given |= {"out": given.get("out", "runs/small")} if args.small else {}
         config, checkpoint = continuation(given) if args.resume else (
