@@ -469,7 +469,8 @@ class RecordedStep:
     The recording holds addresses, not values.  So each batch is copied into the tensors that were
     there at the recording, and the losses that it returns are overwritten by the next launch.  The
     first three steps are ordinary ones: libraries choose their algorithms in them, and optimisers
-    make their state.  Random numbers (dropout) follow torch.manual_seed at each launch.
+    make their state.  Random numbers (dropout) follow torch.manual_seed at each launch.  The
+    recording keeps its memory, so that a small card may need --no-record.
     Raises ValueError if the step cannot be recorded.
     """
 
@@ -494,7 +495,8 @@ class RecordedStep:
                                       capture_error_mode="thread_local"):
                     self.losses = self.step(batch, motion)            # executes nothing yet
             except RuntimeError as error:
-                raise ValueError(f"the training step cannot be recorded ({error!s:.100}); give "
+                cause = error.__context__ or error      # the first error, if ending it failed too
+                raise ValueError(f"the training step cannot be recorded ({cause!s:.100}); give "
                                  f"--no-record") from None
         for mine, new in zip(self.tensors, tensors):
             mine.copy_(new)

@@ -174,14 +174,13 @@ def test_a_recorded_run_has_the_losses_of_an_ordinary_one(tmp_path, monkeypatch)
     monkeypatch.setattr(SyntheticPeople, "motion", lambda _, n, step: stored[step][1])
     monkeypatch.setattr(train, "pictures_to_show", lambda *args: stored[0][0])
     plain, recorded = (run(tmp_path / str(record), monkeypatch, record=record, steps=8, batch=16,
-                           device="cuda")[0] for record in (False, True))
-    # atomics make sums differ by 1e-7, and a fresh network doubles that at each step
-    for step in range(4):
+                           device="cuda", lr=1e-4)[0] for record in (False, True))
+    # Rounding grows from step to step (weights perturbed by 1e-6 at each step: 3e-5 at most).  A
+    # stale batch, other dropout masks or a frozen rate make 6e-3 and more.
+    for step in range(8):
         for a, b in zip(plain[step][1], recorded[step][1]):
-            close(b, a, 1e-4 * max(1.0, abs(a)), f"step {step}")
-    for step in range(4, 8):
-        for a, b in zip(plain[step][1], recorded[step][1]):
-            close(b, a, 0.05 * max(1.0, abs(a)), f"step {step}: another step's batch?")
+            close(b, a, (1e-4 if step < 4 else 5e-4) * max(1.0, abs(a)),
+                  f"step {step}: another step's batch, masks or rate?")
 
 
 @gpu
