@@ -501,13 +501,10 @@ def demo() -> None:
         thetas, out = model(torch.rand(2, 3, 224, 224))
         scores = D(out.rotmats[:, 1:], out.betas)
     count = [sum(p.numel() for p in m.parameters()) for m in (model.regressor, D)]
-    start = model.decode(model.regressor.theta_bar)
-    upright = [round(v, 2) for v in start.rotmats[0, 0].diagonal().tolist()]
     for what, got, expected in [
             ("regressor parameters", f"{count[0]:,}", "3,321,941"),
             ("discriminator parameters", f"{count[1]:,}", "1,807,619"),
             ("Thetas", [tuple(t.shape) for t in thetas], "three of (2, 85)"),
-            ("root rotation's diagonal of Theta-bar", upright, "[1, -1, -1]: Rx(pi), upright"),
             ("L_adv(E) if D says 0", encoder_adversarial_loss(0 * scores).item(), "25")]:
         print(f"  {what:38s} {got!s:38s} expected {expected}")
 

@@ -450,9 +450,7 @@ def demo(smpl: SMPL, out: Path) -> None:
             ("zero betas and pose minus template, m",
              f"{(vertices[0] - smpl.v_template).abs().max():.1e}", "below 1e-6"),
             ("stature, m", f"{vertices[0, :, 1].max() - vertices[0, :, 1].min():.2f}", "about 1.7"),
-            ("left wrist at x, m", f"{joints[0, 20, 0]:.2f}", "positive: left is +x"),
-            ("bent left knee before the hip, m", f"{joints[1, 4, 2] - joints[1, 1, 2]:.2f}",
-             "positive: forward is +z")]:
+            ("left wrist at x, m", f"{joints[0, 20, 0]:.2f}", "positive: left is +x")]:
         print(f"  {what:40s} {got!s:18s} expected {expected}")
     save_obj(out / "smpl.obj", vertices[1], smpl.faces)
     print(f"wrote {out / 'smpl.obj'}: arms down, right elbow and left leg bent")

@@ -186,12 +186,13 @@ def training_world(config: Config, smpl: SMPL) -> SyntheticPeople:
 
 
 def train(config: Config, checkpoint: dict | None = None, make_world: Callable = training_world,
-          make_D: Callable = Discriminator) -> dict:
+          make_D: Callable = Discriminator, theta_bar: Callable | None = None) -> dict:
     """Train from the start or from a checkpoint, evaluate, and write all to the folder config.out.
 
     make_world(config, smpl) makes what to train on.  A world has `batch(step)`, `motion(n, step)`,
     `batch_size` and `name`, a string that says what the world is made of.  make_D() makes the
     discriminators, (N, 23, 3, 3) and (N, 10) -> (N, 25), which have an attribute `amp`.
+    theta_bar(rotation) gives another start than the body file's mean pose, (1, 85 or 157).
     Returns what metrics.json holds.  Raises ValueError or OSError (a used folder, a bad file).
     After Ctrl-C it raises KeyboardInterrupt with a sentence that says how to go on.
     """
@@ -204,6 +205,10 @@ def train(config: Config, checkpoint: dict | None = None, make_world: Callable =
     smpl = SMPL(config.smpl or None).to(config.device)
     model, D = build(config, smpl), make_D().to(config.device)
     D.amp = model.amp
+    if theta_bar and not checkpoint:            # a checkpoint holds its own
+        model.regressor.theta_bar.copy_(theta_bar(config.rotation))   # (1, 85 or 157)
+    elif not checkpoint and not smpl.mean_pose.any():
+        say(f"{smpl.name} holds no mean_pose: the regressor starts from the T-pose")
     world = make_world(config, smpl)
     # slides: "encoder E" is the image encoder and the 3D module, here ResNet and regressor.
     opt_E, opt_D = adam(model, config.lr, config), adam(D, config.lr_d, config)
@@ -433,8 +438,6 @@ def build(config: Config, smpl: SMPL) -> HMR:
     # TF32 would move a body by 1 mm, and it is a GPU's default in convolutions.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    if not smpl.mean_pose.any():
-        say(f"{smpl.name} holds no mean_pose: the regressor starts from the T-pose")
     model = HMR(smpl, config.depth, config.iterations, config.width, config.plain, config.dropout,
                 config.rotation, torch.bfloat16 if config.amp == "bf16" else None)
     # channels_last is the fastest memory layout for convolutions.
@@ -495,13 +498,26 @@ class RecordedStep:
                                       capture_error_mode="thread_local"):
                     self.losses = self.step(batch, motion)            # executes nothing yet
             except RuntimeError as error:
-                cause = error.__context__ or error      # the first error, if ending it failed too
-                raise ValueError(f"the training step cannot be recorded ({cause!s:.100}); give "
-                                 f"--no-record") from None
+                # The context is the first error, if ending the recording failed, too.
+                raise ValueError(f"the training step cannot be recorded ("
+                                 f"{error.__context__ or error!s:.99}); give --no-record") from None
         for mine, new in zip(self.tensors, tensors):
             mine.copy_(new)
         self.graph.replay()
         return self.losses
+
+
+def downloaded(weights, option: str, remedy: str) -> dict:
+    """torchvision's weights by name, from its cache or the network.  Raises ValueError."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        return weights.get_state_dict(check_hash=True, weights_only=True)
+    except Exception as error:
+        no_network = isinstance(error, (urllib.error.URLError, TimeoutError, ConnectionError))
+        why = (f"no network to reach {weights.url}" if no_network else
+               f"{file} cannot be read or written" if isinstance(error, OSError) else
+               f"{file} is cut or not what its name says; delete it, if it is there")
+        raise ValueError(f"{option}: {why} ({type(error).__name__}); {remedy}") from None
 
 
 def load_pretrained(encoder: nn.Module, config: Config) -> None:
@@ -510,16 +526,7 @@ def load_pretrained(encoder: nn.Module, config: Config) -> None:
         return
     if config.pretrained == "imagenet":
         weights = torchvision.models.get_model_weights(f"resnet{config.depth}")["IMAGENET1K_V1"]
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        try:
-            weights = weights.get_state_dict(check_hash=True, weights_only=True)
-        except Exception as error:
-            no_network = isinstance(error, (urllib.error.URLError, TimeoutError, ConnectionError))
-            why = (f"no network to reach {weights.url}" if no_network else
-                   f"{file} cannot be read or written" if isinstance(error, OSError) else
-                   f"{file} is cut or not what its name says; delete it, if it is there")
-            raise ValueError(f"--pretrained imagenet: {why} ({type(error).__name__}); or give "
-                             f"--pretrained FILE or none (from scratch)") from None
+        weights = downloaded(weights, "--pretrained imagenet", "or give --pretrained FILE or none")
     else:
         weights = load_tensors(Path(config.pretrained))
         require_finite(weights, config.pretrained)
@@ -721,8 +728,7 @@ def print_table(metrics: dict) -> None:
     share = [100 * metrics[key] / metrics["mean_pose"][key] for key, _ in MEASURES[:4]]    # errors
     say(f"{'% of that mean pose':24s}" + "".join(f"{s:12.0f}" for s in share))
     for side, heads in metrics.get("heads", {}).items():
-        say(f"D's {len(heads)} outputs on {side}: min {min(heads):.2f}, median "
-            f"{sorted(heads)[len(heads) // 2]:.2f}, max {max(heads):.2f}")
+        say(f"D's {len(heads)} outputs on {side}: {min(heads):.2f} to {max(heads):.2f}")
 
 
 def print_clips(model: HMR, config: Config) -> None:
@@ -844,8 +850,8 @@ def measure(path: Path, given: dict) -> None:
 
 
 def run(argv: list[str] | None, make_world: Callable = training_world,
-        make_D: Callable = Discriminator) -> None:
-    """The command.  make_world and make_D are train()'s: another program trains through them."""
+        make_D: Callable = Discriminator, theta_bar: Callable | None = None) -> None:
+    """The command.  Another program trains through it by the last three, which are train()'s."""
     parser = argparse.ArgumentParser(description="Train HMR, or measure it.", allow_abbrev=False)
     parser.add_argument("--small", action="store_true", help="preset of a small network")
     mode = parser.add_mutually_exclusive_group()
@@ -859,7 +865,7 @@ def run(argv: list[str] | None, make_world: Callable = training_world,
         given |= {"out": given.get("out", "runs/small")} if args.small else {}
         config, checkpoint = continuation(given) if args.resume else (
             make_config(given, small_preset(given) if args.small else {}), None)
-        train(config, checkpoint, make_world, make_D)
+        train(config, checkpoint, make_world, make_D, theta_bar)
     if dist.is_initialized():
         dist.destroy_process_group()
 
