@@ -19,30 +19,37 @@ that count whole pixels get + 0.5 where they are read, MATLAB's, which count fro
 import argparse
 import functools
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import signal
+import struct
 import sys
-from pathlib import Path
-from typing import NamedTuple
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import scipy.io
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter1d
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as vision
 
 import train
-from appendix.spin import load_network
+from appendix.spin import Network, load_network
 from data import CROPS, Batch, SyntheticPeople, load_mocap, seed_of
-from hmr import LEFT_HIP, LSP, RIGHT_HIP, HMR
+from hmr import BETAS, LEFT_HIP, LSP, RIGHT_HIP, hip_midpoint, mean_theta
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, SMPL, batch_rodrigues,
-                  exit_status, printable, say)
+                  exit_status, plain_file, printable, rot6d_to_rotmat, say, write_atomically)
 from train import Config, compute_similarity_transform, summarize
 
 # --------------------------------------------------------------------------------------------
@@ -62,10 +69,15 @@ H36M_NAMES = ("pelvis_h36m", "left_hip", "left_knee", "left_ankle", "right_hip",
 # The field's 14 joints for H3.6M, 3DHP and 3DPW: LSP's, but the head's centre for its top.
 FIELD14 = (*KEYPOINT_NAMES[:13], "head_h36m")
 
-J24_TO_19 = [J24_NAMES.index(name) for name in KEYPOINT_NAMES]
+
+def to_19(names: Sequence[str]) -> list[int]:
+    """Where each of the 19 keypoints stands in another order; -1: nowhere."""
+    return [names.index(name) if name in names else -1 for name in KEYPOINT_NAMES]
+
+
+J24_TO_19, COCO_TO_19 = to_19(J24_NAMES), to_19(COCO_NAMES)
 J24_TO_14 = [J24_NAMES.index(name) for name in FIELD14]
 H36M_TO_14 = [H36M_NAMES.index(name) for name in FIELD14]
-COCO_TO_19 = [COCO_NAMES.index(name) if name in COCO_NAMES else -1 for name in KEYPOINT_NAMES]
 J24_PELVIS = J24_NAMES.index("pelvis_mpii")         # the root of H3.6M's and 3DHP's S
 
 ORDERS = {"keypoints (HMR)": KEYPOINT_NAMES, "LSP, LSPET": KEYPOINT_NAMES[:LSP],
@@ -76,23 +88,33 @@ ORDERS = {"keypoints (HMR)": KEYPOINT_NAMES, "LSP, LSPET": KEYPOINT_NAMES[:LSP],
 # --------------------------------------------------------------------------------------------
 # 2. The crop (official data_loader) and the flip
 
-def person_scales(keypoints: Tensor, visible: Tensor, crop: str = "official") -> Tensor:
+def extents(points: Tensor, visible: Tensor) -> Tensor:
+    """Box of the visible points: (N, P, 2), (N, P) -> (N, 4) = low x, y, high x, y; without any
+    infinity, minus infinity."""
+    seen = (visible > 0)[..., None]                                   # (N, P, 1)
+    low = torch.where(seen, points, math.inf).amin(1)                 # (N, 2)
+    high = torch.where(seen, points, -math.inf).amax(1)               # (N, 2)
+    return torch.cat([low, high], 1)                                  # (N, 4)
+
+
+def person_scales(keypoints: Tensor, visible: Tensor, crop: str = "official",
+                  extent: Tensor | None = None) -> Tensor:
     """`person_scale` of many: keypoints (N, 19, 2) pixels, visible (N, 19) -> (N,), infinite or
-    not a number for less than 5 pixels or 2 visible points."""
-    seen = (visible > 0)[..., None]                                   # (N, 19, 1)
-    low = torch.where(seen, keypoints, math.inf).amin(1)              # (N, 2)
-    high = torch.where(seen, keypoints, -math.inf).amax(1)            # (N, 2)
-    box = torch.where(seen.sum(1) > 1, high - low, 0).norm(dim=-1)    # (N,)
+    not a number for less than 5 pixels or 2 visible points.  extent (N, 4): the box of all points
+    that are labelled, if these are more than the 19."""
+    extent = extents(keypoints, visible) if extent is None else extent            # (N, 4)
+    box = (extent[:, 2:] - extent[:, :2]).norm(dim=-1)                # (N,) 0 for a single point
+    seen = visible > 0                                                # (N, 19)
     ankles, shoulders, hips = (0, 5), (8, 9), (2, 3)                  # right and left
     torsos = (keypoints[:, shoulders] - keypoints[:, hips]).norm(dim=-1)          # (N, 2)
-    whole = seen[:, shoulders, 0] & seen[:, hips, 0]                  # (N, 2) both ends visible
+    whole = seen[:, shoulders] & seen[:, hips]                        # (N, 2) both ends visible
     torso = torch.where(whole, torsos, 0).sum(1) / whole.sum(1)       # (N,) 0 / 0 = NaN: none
-    cut_off = ~seen[:, ankles, 0].any(1)                              # (N,)
+    cut_off = ~seen[:, ankles].any(1)                                 # (N,)
     by_torso = cut_off & whole.any(1)                                 # (N,)
     length = torch.where(by_torso, torso, box)                        # (N,)
     wanted = torch.where(by_torso, 75, torch.where(cut_off, 50, 150))             # (N,)
     scale = wanted * CROPS[crop][0] / 150 / length                    # (N,)
-    return torch.where(length < 5, math.nan, scale)
+    return torch.where((length < 5) | (extent[:, 2] < extent[:, 0]), math.nan, scale)
 
 
 def person_scale(keypoints: Tensor, visible: Tensor, crop: str = "official") -> float:
@@ -146,7 +168,7 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
     scaled by `person_scale`; `shift` (pixels of a 224 crop; official training: within 20) moves
     the window before `zoom` (0.8 to 1.23) scales it.  Beyond the picture its edge is repeated, as
     in the official code (SPIN pads with zeros); a picture that shrinks is low-passed (not there).
-    Unlabelled points are set to 0, whatever they hold.
+    Unlabelled points are set to 0, whatever they hold.  Raises ValueError.
     """
     if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
         raise ValueError(f"the picture must be (3, H, W), numbers in [0, 1] (divide bytes by 255, "
@@ -154,12 +176,17 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
     seen = keypoints[visible > 0]                                     # (n, 2)
     if len(seen) < 2:
         raise ValueError(f"cropping needs at least 2 visible keypoints, got {len(seen)}")
-    scale = person_scale(keypoints, visible, crop)
-    center = (seen.amin(0) + seen.amax(0)) / 2 + keypoints.new_tensor(shift) / scale      # (2,)
-    side = 224 / (scale * zoom)                        # of the window, in the picture's pixels
+    center, side = jittered((seen.amin(0) + seen.amax(0)) / 2,
+                            224 / person_scale(keypoints, visible, crop), shift, zoom)    # (2,)
     points = 2 * (keypoints - center) / side                          # (19, 2)
     points = torch.where(visible[:, None] > 0, points, torch.zeros_like(points))
     return cut_window(image, center, side, size), points
+
+
+def jittered(center: Tensor, side: float, shift: tuple[float, float],
+             zoom: float) -> tuple[Tensor, float]:
+    """A window moved by `shift`, in pixels of a 224 crop, and then made smaller by `zoom`."""
+    return center + center.new_tensor(shift) * side / 224, side / zoom            # (2,)
 
 
 def flip_batch(batch: Batch) -> Batch:
@@ -176,7 +203,7 @@ def flip_batch(batch: Batch) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------
-# 3. Readers: the published files -> People
+# 3. People: the readers' arrays, brought to one form
 
 class People(NamedTuple):
     """N labelled people of one data set, as arrays: 50,000 of them are 30 MB and not objects."""
@@ -185,55 +212,104 @@ class People(NamedTuple):
     image: np.ndarray             # (N,) bytes: the picture's path in it
     keypoints2d: np.ndarray       # (N, 19, 2) pixels, pixel i covers [i, i + 1); 0 if not labelled
     visible: np.ndarray           # (N, 19) bool
+    extent: np.ndarray            # (N, 4) pixels, low x, y, high x, y of all labelled points, also
+    #                               of those that are no keypoints (the head of H3.6M)
     box: np.ndarray               # (N, 3) centre x, y and side, pixels: SPIN's box, 1.2 times the
     #                               person's longer side; NaN if there is none
+    size: np.ndarray              # (N, 2) width, height of the labelled picture; 0: not said
     S: np.ndarray | None          # (N, 24, 4) J24: X, Y, Z metres in the camera's frame, labelled
     pose: np.ndarray | None       # (N, 72) axis-angle, root in the camera's frame
     betas: np.ndarray | None      # (N, 10)
     has_smpl: np.ndarray          # (N,) bool: pose and betas are labels
     gender: np.ndarray            # (N,) b"m", b"f" or b"": whose body pose and betas are of
-    skipped: dict[str, int]       # why, and how many, rows of the file are left out
+    skipped: Counter              # why, and how many, rows of the file are left out
 
 
-def people(name: str, folder: Path, image: list | np.ndarray, keypoints: np.ndarray,
-           visible: np.ndarray, box: np.ndarray | None = None, S: np.ndarray | None = None,
-           pose: np.ndarray | None = None, betas: np.ndarray | None = None,
-           has_smpl: np.ndarray | None = None, gender: np.ndarray | None = None,
-           skipped: dict[str, int] = {}) -> People:
-    """The readers' arrays, brought to People's types; rows that cannot be cropped are left out.
+CONFIDENT = 0.2                   # a detector's confidence from which a point counts as labelled
+# Slots of J24 at both ends of shins, thighs, forearms and upper arms.
+LIMB_ENDS = [0, 1, 4, 5, 6, 7, 10, 11], [1, 2, 3, 4, 7, 8, 9, 10]
 
-    What is not finite is not labelled: a 2D or 3D point alone, pose and betas together.  Without
-    both hips a person has no 3D (they are its origin).  Raises ValueError if nobody is left.
+
+def make_people(name: str, folder: Path, image: list[bytes], points: np.ndarray,
+                visible: np.ndarray, **labels: np.ndarray | dict | None) -> People:
+    """The readers' arrays as People: points (N, 19, 2) in our order or (N, 24, 2) in J24's, and
+    of People's other fields what there is.
+
+    What is not finite as float32 is not labelled: a 2D or 3D point alone, pose and betas together.
+    Without both hips a person has no 3D (they are its origin).  People without any label, or whom
+    nothing says where to crop, are left out.  Raises ValueError if nobody is left, or for a file
+    that is wrong as a whole: millimetres in the place of metres, pictures outside their folder.
     """
-    N = len(image)
-    visible = (visible > 0) & np.isfinite(keypoints).all(-1)
-    keypoints = np.where(visible[..., None], keypoints, 0).astype(np.float32)
-    box = np.full((N, 3), np.nan, np.float32) if box is None else box.astype(np.float32)
+    for path in image:
+        if path[:1] in b"/\\" or path[1:2] == b":" or b".." in re.split(rb"[/\\]", path):
+            raise ValueError(f"{name}: its picture {os.fsdecode(path)!r} lies outside the folder "
+                             f"of pictures; expected paths that start in that folder")
+    N, points = len(image), float32(points)
+    box, S, pose, betas = (float32(labels.get(key)) for key in ("box", "S", "pose", "betas"))
+    visible = labelled(visible, f"{name}: ") & np.isfinite(points).all(-1)        # (N, 19 or 24)
+    points = np.where(visible[..., None], points, 0)                  # (N, 19 or 24, 2)
+    extent = extents(torch.from_numpy(points), torch.from_numpy(visible)).numpy()
+    if points.shape[1] == len(J24_NAMES):
+        points, visible = points[:, J24_TO_19], visible[:, J24_TO_19]
+    box = np.full((N, 3), np.nan, np.float32) if box is None else box
     box[~(np.isfinite(box).all(1) & (box[:, 2] >= 5))] = np.nan
     if S is not None:
-        labelled = (S[..., 3] > 0) & np.isfinite(S).all(-1)           # (N, 24)
-        labelled &= labelled[:, [RIGHT_HIP, LEFT_HIP]].all(1, keepdims=True)
-        S = np.where(labelled[..., None], S, 0).astype(np.float32)
+        known = (S[..., 3] > 0) & np.isfinite(S).all(-1)              # (N, 24)
+        known &= known[:, [RIGHT_HIP, LEFT_HIP]].all(1, keepdims=True)
+        S = np.where(known[..., None], S, 0)                          # (N, 24, 4)
+        a, b = (S[:, ends] for ends in LIMB_ENDS)                     # (N, 8, 4) each
+        limb = np.linalg.norm(a - b, axis=2) * (a[..., 3] * b[..., 3] > 0)        # (N, 8)
+        if (limb > 3).any():
+            row = limb.max(1).argmax()
+            raise ValueError(f"{name}: a limb of row {row} is {limb[row].max():.0f} m long; "
+                             f"expected S in metres; is it in millimetres?")
+    has_smpl = np.zeros(N, bool)
     if pose is not None:
-        finite = np.isfinite(pose).all(1) & np.isfinite(betas).all(1)
-        has_smpl = finite if has_smpl is None else finite & (has_smpl > 0)
-        pose, betas = (np.where(has_smpl[:, None], x, 0).astype(np.float32) for x in (pose, betas))
-    has_smpl = np.zeros(N, bool) if has_smpl is None or pose is None else has_smpl
-    gender = np.full(N, b"") if gender is None else gender.astype("S1")
-    found = People(name, folder, np.array(image, "S"), keypoints, visible, box, S, pose, betas,
-                   has_smpl, gender, dict(skipped))
-    keep = torch.isfinite(windows(found)[1]).numpy()                  # (N,)
-    if not keep.all():
-        found.skipped["no 2 keypoints nor box of 5 pixels"] = int((~keep).sum())
-        found = People(*(x[keep] if isinstance(x, np.ndarray) else x for x in found))
-    if not len(found.image):
-        raise ValueError(f"{name}: nobody in it can be trained on ({reasons(found)}); is it the "
-                         f"right file?")
-    return found
+        has_smpl = np.isfinite(pose).all(1) & np.isfinite(betas).all(1) & (
+            labels.get("has_smpl", np.ones(N)) > 0)                   # (N,)
+        pose, betas = (np.where(has_smpl[:, None], x, 0) for x in (pose, betas))
+    return usable(People(name, folder, np.array(image, "S"), points, visible, extent, box,
+                         labels.get("size", np.zeros((N, 2), int)), S, pose, betas, has_smpl,
+                         labels.get("gender", np.full(N, b"")), labels.get("skipped", {})))
 
 
-def reasons(found: People) -> str:
-    return ", ".join(f"{n:,} {why}" for why, n in found.skipped.items() if n) or "nobody left out"
+def labelled(visible: np.ndarray, where: str = "") -> np.ndarray:
+    """Visibility as bool: labels are 0, 1 or 2, a detector's confidences lie between 0 and 1."""
+    visible = np.where(np.isfinite(visible), visible, 0).astype(float)
+    if odd := visible[(visible < 0) | (visible > 1) & (visible != 2)].tolist():
+        raise ValueError(f"{where}a visibility of {odd[0]:g}; expected 0, 1 or 2, or a confidence "
+                         f"of at most 1")
+    return visible >= CONFIDENT
+
+
+def float32(x: np.ndarray | None) -> np.ndarray | None:
+    with np.errstate(over="ignore"):            # what is too large becomes infinite
+        return None if x is None else np.array(x, np.float32)
+
+
+def which_labels(found: People) -> dict[str, np.ndarray]:
+    """Who has labels of each kind: (N,) bool each."""
+    none = np.zeros(len(found.image), bool)
+    return {"2D": found.visible.any(1), "SMPL": found.has_smpl,
+            "3D": none if found.S is None else (found.S[..., 3] > 0).any(1)}
+
+
+def usable(found: People) -> People:
+    """The people who have a label and can be cropped; the others are counted by their reason."""
+    some_label = np.any(list(which_labels(found).values()), axis=0)   # (N,)
+    can_be_cropped = torch.isfinite(windows(found)[1]).numpy()        # (N,)
+    skipped, keep = Counter(found.skipped), some_label & can_be_cropped
+    skipped["without any label"] += int((~some_label).sum())
+    skipped["no 2 keypoints nor box of 5 pixels"] += int((some_label & ~keep).sum())
+    if not keep.any():
+        raise ValueError(f"{found.name}: nobody in it can be trained on ({reasons(skipped)}); is "
+                         f"it the right file?")
+    kept = (x[keep] if isinstance(x, np.ndarray) else x for x in found)
+    return People(*kept)._replace(skipped=skipped)
+
+
+def reasons(skipped: Counter) -> str:
+    return ", ".join(f"{n:,} {why}" for why, n in (+skipped).items()) or "nobody left out"
 
 
 # A person's keypoints have a diagonal of 1.12 times their longer side, and a box of 1.2 times it
@@ -244,85 +320,191 @@ DIAGONAL_OF_BOX = 1.12 / 1.2
 def windows(found: People, crop: str = "official") -> tuple[Tensor, Tensor]:
     """Where each person is cut out: centres (N, 2) and sides (N,), pixels, before jitter.
 
-    By the keypoints; by the box, so that a whole person comes out as large, where there are less
-    than two.  crop "spin": SPIN's box itself, or 1.2 times the keypoints' longer side.
+    By the labelled points; by the box, so that a whole person comes out as large, where there are
+    less than two.  crop "spin": SPIN's box itself, or 1.2 times the points' longer side.
     """
-    keypoints, visible = torch.from_numpy(found.keypoints2d), torch.from_numpy(found.visible)
-    low = torch.where(visible[..., None], keypoints, math.inf).amin(1)            # (N, 2)
-    high = torch.where(visible[..., None], keypoints, -math.inf).amax(1)          # (N, 2)
-    box = torch.from_numpy(found.box)                                 # (N, 3)
+    extent, box = torch.from_numpy(found.extent), torch.from_numpy(found.box)     # (N, 4), (N, 3)
+    middle = (extent[:, :2] + extent[:, 2:]) / 2                      # (N, 2)
     if crop == "spin":
-        side = torch.where(visible.sum(1) > 1, 1.2 * (high - low).amax(1), math.nan)
-        has_box = torch.isfinite(box[:, 2])                           # (N,)
-        return (torch.where(has_box[:, None], box[:, :2], (low + high) / 2),
-                torch.where(has_box, box[:, 2], side))
-    side = 224 / person_scales(keypoints, visible, crop)              # (N,)
-    by_points = torch.isfinite(side)
-    by_box = box[:, 2] * DIAGONAL_OF_BOX * 224 / CROPS[crop][0]       # (N,)
-    return (torch.where(by_points[:, None], (low + high) / 2, box[:, :2]),
+        by_points = torch.isnan(box[:, 2])                            # (N,)
+        side = 1.2 * (extent[:, 2:] - extent[:, :2]).amax(1)          # (N,)
+        side, by_box = torch.where(side > 0, side, math.nan), box[:, 2]           # (N,) each
+    else:
+        side = 224 / person_scales(torch.from_numpy(found.keypoints2d),
+                                   torch.from_numpy(found.visible), crop, extent)     # (N,)
+        by_points = torch.isfinite(side)                              # (N,)
+        by_box = box[:, 2] * DIAGONAL_OF_BOX * 224 / CROPS[crop][0]   # (N,)
+    return (torch.where(by_points[:, None], middle, box[:, :2]),
             torch.where(by_points, side, by_box))
 
 
+# --------------------------------------------------------------------------------------------
+# 4. Readers of the published files
+
 def read_people(text: str) -> People:
     """KIND:ANNOTATIONS@IMAGES -> People.  KIND stands before the first ":", IMAGES after the last
-    "@"; of lsp the annotations are a folder, whose own images/ is the default."""
+    "@"; of lsp the annotations are a folder that holds the pictures, too."""
     kind, _, rest = text.partition(":")
-    file, at, images = rest.rpartition("@") if "@" in rest else (rest, "", "")
-    readers = {"coco": read_coco, "spin": read_spin, "lsp": read_lsp}
+    file, _, images = rest.rpartition("@") if "@" in rest else (rest, "", "")
+    readers = {"coco": read_coco, "spin": read_spin_file, "lsp": read_lsp}
     if kind not in readers or not file or (kind != "lsp" and not images):
         raise ValueError(f"--data {text}: expected coco:ANNOTATIONS.json@IMAGES, "
                          f"spin:FILE.npz@IMAGES or lsp:DIR, IMAGES being the pictures' folder")
-    found = readers[kind](Path(file), Path(images) if images else Path(file) / "images")
-    # a wrong folder is found now: a hundred rows, not a look at every picture
-    few = found.image[np.linspace(0, len(found.image) - 1, 100).astype(int)]
-    if not any((found.folder / os.fsdecode(name)).is_file() for name in few):
-        raise FileNotFoundError(f"--data {text}: {found.folder / os.fsdecode(few[0])} is not there,"
-                                f" nor is any other picture tried; name the folder that the "
-                                f"annotations' paths start from after the @")
-    return found
+    found = readers[kind](Path(file), Path(images) if images else None)
+    errors = []                                 # a wrong folder is found now, by 20 pictures
+    for row in np.linspace(0, len(found.image) - 1, 20).astype(int):
+        try:
+            picture_of(found, row)
+            return found
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    raise ValueError(f"--data {text}: none of 20 pictures can be used, the first: {errors[0]} (the "
+                     f"folder after the @ is the one that the annotations' paths start from)")
 
 
-def load_arrays(path: Path, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the wanted arrays that an .npz has.  No object is unpickled."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected an .npz")
+MOST_BYTES = 2 ** 30              # that a file of numbers may hold, unpacked
+
+
+def load_arrays(path: Path, wanted: Iterable[str], expected: str) -> dict[str, np.ndarray]:
+    """Those of the wanted arrays that an .npz has; "others": the other keys.  No object is
+    unpickled, and nothing of more than 1 GiB is unpacked.  Raises FileNotFoundError, ValueError."""
+    path = plain_file(path, expected)
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in wanted if key in file.files}
+            keys = [key for key in wanted if key in file.files]
+            if sum(file.zip.getinfo(key + ".npy").file_size for key in keys) <= MOST_BYTES:
+                others = np.array([key for key in file.files if key not in wanted], "U")
+                return {key: file[key] for key in keys} | {"others": others}
+        what = "holds more than 1 GiB of numbers"
     except Exception as error:                  # zipfile's, zlib's, numpy's own
-        raise ValueError(f"{path}: not a whole .npz of plain arrays ({type(error).__name__}: "
-                         f"{error!s:.100}); get the file again") from None
+        what = f"not a whole .npz of plain arrays ({type(error).__name__})"
+    raise ValueError(f"{path}: {what}; expected {expected}")
 
 
-def read_spin(path: Path, images: Path) -> People:
+def as_text(array: np.ndarray) -> list[str]:
+    """Text, UTF-8 in bytes, or numbers -> text."""
+    return [x.decode("utf-8", "surrogateescape") if isinstance(x, bytes) else str(x)
+            for x in array.tolist()]
+
+
+SPIN_FILE = {"imgname": (), "center": (2,), "scale": (), "part": (24, 3), "S": (24, 4),
+             "pose": (72,), "shape": (10,), "has_smpl": (), "gender": ()}
+GENDERS = {"m": b"m", "male": b"m", "0": b"m", "0.0": b"m",
+           "f": b"f", "female": b"f", "1": b"f", "1.0": b"f"}
+
+
+def read_spin_file(path: Path, images: Path) -> People:
     """SPIN's .npz: imgname and any of center, scale, part, S, pose, shape, has_smpl, gender.
 
-    Its boxes are scale * 200 pixels; its joints are J24; openpose (detections, no labels: SPIN
-    itself gives them no weight) is not used.  SPIN's files keep their sources' pixel origin; read
-    here as whole pixels, as OpenCV's projections and COCO's are: + 0.5.
+    Its boxes are scale * 200 pixels; its points are J24; openpose (detections, to which SPIN itself
+    gives no weight) is not used.  SPIN's files keep their sources' pixels: LSP's, LSPET's and
+    MPII's count from 1, as MATLAB does (- 0.5), all others count whole pixels (+ 0.5).  3DHP's head
+    top stands in slot 18 and is keypoint 13, as in the official code.  Both go by the file's name.
     """
-    shapes = {"imgname": (), "center": (2,), "scale": (), "part": (24, 3), "S": (24, 4),
-              "pose": (72,), "shape": (10,), "has_smpl": (), "gender": ()}
-    rows = load_arrays(path, tuple(shapes))
-    if "imgname" not in rows or rows["imgname"].ndim != 1:
-        raise ValueError(f"{path}: lacks imgname (N,), the pictures' paths; expected SPIN's .npz")
-    N = len(rows["imgname"])
+    rows = load_arrays(path, SPIN_FILE, "SPIN's .npz")
+    others = [key for key in rows.pop("others").tolist() if key not in (
+        "openpose", "maskname", "partname")]
+    if others:
+        say(printable(f"{path.name}: not used, since SPIN's files lack them: {', '.join(others)}"))
+    for key, partner in (("imgname", None), ("pose", "shape"), ("shape", "pose"),
+                         ("center", "scale"), ("scale", "center")):
+        if key not in rows and (partner in rows or not partner):
+            raise ValueError(f"{path}: lacks {key} (N, ..); expected SPIN's .npz")
+    N, name = rows["imgname"].size, path.name.lower()
     for key, array in rows.items():
-        kinds = "SU" if key in ("imgname", "gender") else "fiub"
-        if array.shape != (N, *shapes[key]) or array.dtype.kind not in kinds:
+        kinds = {"imgname": "SU", "gender": "SUfiub"}.get(key, "fiub")
+        if array.shape != (N, *SPIN_FILE[key]) or array.dtype.kind not in kinds:
             raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected "
-                             f"{'text' if kinds == 'SU' else 'numbers'} {(N, *shapes[key])}; "
-                             f"get the file again")
-    if ("pose" in rows) != ("shape" in rows) or ("center" in rows) != ("scale" in rows):
-        raise ValueError(f"{path}: has one of pose and shape, or of center and scale, without the "
-                         f"other; expected both")
-    part = rows.get("part", np.zeros((N, 24, 3)))[:, J24_TO_19].astype(np.float32)
-    box = None
+                             f"{'text' if 'S' in kinds else 'numbers'} {(N, *SPIN_FILE[key])}")
+    part = rows.pop("part", np.zeros((N, 24, 3)))                     # (N, 24, 3)
+    for array in (part, rows.get("S")) if "3dhp" in name else ():
+        if array is not None and not array[:, 13, -1].any():
+            array[:, 13] = array[:, 18]
+    if (part[..., 2] % 1 > 0).any():
+        say(f"{path.name}: points of a confidence below {CONFIDENT} are not labelled")
+    origin = -0.5 if "lsp" in name or "mpii" in name else 0.5
     if "center" in rows:
-        box = np.concatenate([rows["center"] + 0.5, 200 * rows["scale"][:, None]], 1)
-    return people(f"spin:{path.name}", images, np.char.encode(rows["imgname"].astype("U"), "utf-8"),
-                  part[..., :2] + 0.5, part[..., 2], box, rows.get("S"), rows.get("pose"),
-                  rows.get("shape"), rows.get("has_smpl"), rows.get("gender"))
+        rows["box"] = np.concatenate([rows["center"] + origin, 200 * rows["scale"][:, None]], 1)
+    if "gender" in rows:
+        rows["gender"] = np.array([GENDERS.get(x.strip().lower(), b"")
+                                   for x in as_text(rows["gender"])], "S1")
+    rows["betas"], image = rows.get("shape"), [os.fsencode(x) for x in as_text(rows["imgname"])]
+    return make_people(f"spin:{path.name}", images, image, part[..., :2] + origin, part[..., 2],
+                       **rows)
+
+
+def read_json(path: Path, expected: str):
+    """What a JSON file holds.  Raises FileNotFoundError, ValueError."""
+    try:                                                              # a byte order mark, or none
+        return json.loads(plain_file(path, expected).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({type(error).__name__}: {error!s:.80}); expected "
+                         f"{expected}") from None
+
+
+def person_points(content: dict) -> dict[str, Sequence[str]]:
+    """A COCO file's categories that are people -> the names of their points, in the file's order.
+
+    A person is what has the limbs' names, whatever its number.  Without any names: COCO's order.
+    """
+    named, people = {}, {}
+    for category in content.get("categories") or []:
+        if category.get("keypoints"):
+            named[str(category["id"])] = [re.sub(r"[\s-]+", "_", str(name).strip().lower())
+                                          for name in category["keypoints"]]
+        if str(category.get("name")).lower() == "person":
+            people[str(category["id"])] = COCO_NAMES
+    if named:
+        people = {id: names for id, names in named.items() if {*KEYPOINT_NAMES[:12]} <= {*names}}
+        if not people:
+            points = ", ".join(name for names in named.values() for name in names)
+            raise ValueError(f"the points of its categories ({points:.99}) are no person's")
+    return people or {"1": COCO_NAMES}
+
+
+NOBODY = "crowds or no persons"
+
+
+def coco_person(row: dict, people: dict[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """One annotation -> points (19, 3) = x, y, visibility; box (4,) = x, y, w, h of edges.
+
+    Raises ValueError(why) for a row that is no person, ValueError("broken rows", where).
+    """
+    if not isinstance(row, dict):
+        raise ValueError("broken rows", f"{row!s:.20}")
+    names = people.get(str(row.get("category_id", 1)))
+    if names is None or str(row.get("iscrowd") or 0).lower() not in ("0", "0.0", "false"):
+        raise ValueError(NOBODY)
+    if not row.get("keypoints"):
+        raise ValueError("without keypoints (person_keypoints_*.json has them)")
+    numbers = []
+    for key, count in (("keypoints", 3 * len(names)), ("bbox", 4)):
+        try:
+            numbers.append(np.array(row.get(key) or [0] * count, float).reshape(count))
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError("broken rows", f"annotation {row.get('id')!s:.20}'s {key}") from None
+    k, box = np.append(numbers[0], [0, 0, 0]).reshape(-1, 3)[to_19(names)], numbers[1]    # (19, 3)
+    if not (np.isfinite(box).all() and (box[2:] > 0).all()):          # none: the points' own
+        low, high = (f(k[k[:, 2] > 0, :2], axis=0, initial=x) for f, x in (
+            (np.min, np.inf), (np.max, -np.inf)))
+        box = np.concatenate([low, high - low])                       # (4,)
+    return k, box
+
+
+def official_reason(row: dict, k: np.ndarray, box: np.ndarray) -> str:
+    """Why COCO's official converter leaves a person out, or nothing.
+
+    Of the mask it tests the height alone, here the longer side counts.  Without a polygon: the box.
+    """
+    mask = row.get("segmentation")
+    parts = [np.ravel(part) for part in mask] if mask and isinstance(mask, list) else [[]]
+    corners = np.concatenate(parts).astype(float).reshape(-1, 2)      # (n, 2)
+    if (k[:, 2] == 2).sum() < 6:
+        return ("with fewer than 6 points of visibility 2, which alone counts in COCO's converter "
+                "(in a file of 0 and 1 write 2 for 1)")
+    if not max(np.ptp(corners, axis=0) if len(corners) else box[2:]) > 60:
+        return "60 pixels or smaller"
+    return "" if (k[[*range(8), 10, 11], 2] > 0).any() else "with face and shoulders only"
 
 
 def read_coco(path: Path, images: Path) -> People:
@@ -332,84 +514,96 @@ def read_coco(path: Path, images: Path) -> People:
     pixels, and any labelled point that is neither face nor shoulder.  Visibility 1 (occluded) is a
     label like 2; neck and head's top are not labelled.  COCO counts whole pixels: + 0.5.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected COCO's person_keypoints_*.json")
+    expected = "COCO's person_keypoints_*.json, with images, annotations and categories"
+    content = read_json(path, expected)
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        names = {image["id"]: image["file_name"] for image in content["images"]}
+        people = person_points(content)
+        pictures = {row["id"]: (row["file_name"].encode(), int(row.get("width") or 0),
+                                int(row.get("height") or 0)) for row in content["images"]}
         annotations = list(content["annotations"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not COCO's person_keypoints_*.json ({type(error).__name__}: "
-                         f"{error!s:.80}); get the file again") from None
-    image, points, boxes, skipped = [], [], [], {}
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        why = error if type(error) is ValueError else f"{type(error).__name__}, {error!s:.80}"
+        raise ValueError(f"{path}: {why}; expected {expected}") from None
+    image, points, boxes, sizes, skipped, first = [], [], [], [], Counter(), {}
     for row in annotations:
+        key = ""                                # whose value is broken, if one is
         try:
-            k, box = coco_row(row)
-            name = names[row["image_id"]].encode()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = str(error) if type(error) is ValueError else "broken row"
-            skipped[why] = skipped.get(why, 0) + 1
+            k, box = coco_person(row, people)
+            key = "segmentation"
+            why, where = official_reason(row, k, box), ()
+            key = "image_id"
+            name, *size = pictures[row["image_id"]]
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            why, *where = error.args if not key else (
+                "broken rows", f"annotation {row.get('id')!s:.20}'s {key}")
+        if why:
+            skipped[why] += 1
+            first.setdefault(why, "".join(f", the first {place}" for place in where))
             continue
-        image.append(name), points.append(k), boxes.append(box)
-    k = np.array(points, np.float32).reshape(-1, 17, 3)               # (N, 17, 3)
-    k = np.concatenate([k, np.zeros((len(k), 1, 3), np.float32)], 1)[:, COCO_TO_19]   # (N, 19, 3)
-    return people(f"coco:{path.name}", images, image, k[..., :2] + 0.5, k[..., 2],
-                  np.array(boxes, np.float32).reshape(-1, 3), skipped=skipped)
+        image.append(name), points.append(k), sizes.append(size)
+        boxes.append([box[0] + box[2] / 2, box[1] + box[3] / 2, 1.2 * max(box[2:])])
+    k = np.array(points).reshape(-1, 19, 3)                           # (N, 19, 3)
+    if odd := [v for v in np.unique(k[..., 2]) if v not in (0, 1, 2) and math.isfinite(v)]:
+        raise ValueError(f"{path}: a visibility of {odd[0]:g}; expected 0, 1 or 2; are these a "
+                         f"detector's confidences? They are no labels")
+    return make_people(f"coco:{path.name}",
+                       images, image, k[..., :2] + 0.5, k[..., 2],
+                       box=np.array(boxes).reshape(-1, 3), size=np.array(sizes).reshape(-1, 2),
+                       skipped={why + first[why]: n for why, n in skipped.items()})
 
 
-def coco_row(row: dict) -> tuple[np.ndarray, list[float]]:
-    """One annotation -> keypoints (17, 3), box (3,); ValueError(why) if it is left out."""
-    if row.get("iscrowd") or row.get("category_id", 1) != 1:
-        raise ValueError("crowds or no persons")
+def is_small(content: bytes) -> bool:
+    """Do a MATLAB 5 file's variables unpack to at most 1 GiB?  Nothing larger is kept meanwhile."""
+    total, at, order = 0, 128, "<" if content[126:128] == b"IM" else ">"
+    while at + 8 <= len(content) and total <= MOST_BYTES:
+        kind, size = struct.unpack_from(order + "II", content, at)
+        packed, at, stream = content[at + 8:at + 8 + size], at + 8 + size, zlib.decompressobj()
+        while kind == 15 and packed and total <= MOST_BYTES:          # miCOMPRESSED
+            total += len(stream.decompress(packed, 2 ** 20))
+            packed = stream.unconsumed_tail
+    return total <= MOST_BYTES
+
+
+def read_joints(path: Path) -> np.ndarray:
+    """`joints` of LSP's joints.mat, (3, 14, N), or of LSPET's, (14, 3, N)."""
+    expected = "LSP's joints (3, 14, 2000) or LSPET's (14, 3, 10000), at most 1 GiB"
+    path, what = plain_file(path, f"LSP's folder with joints.mat in it: {expected}"), "no joints"
     try:
-        k = np.array(row["keypoints"], np.float32).reshape(17, 3)
-        x, y, w, h = (float(v) for v in row["bbox"])
-        mask = w, h
-        if isinstance(row.get("segmentation"), list):                 # only crowds' are no polygons
-            corners = np.concatenate([np.array(p, float) for p in row["segmentation"]])
-            mask = np.ptp(corners.reshape(-1, 2), axis=0)             # (2,) the mask's extent
-    except (ValueError, TypeError):
-        raise ValueError("broken row") from None
-    if (k[:, 2] == 2).sum() < 6:
-        raise ValueError("fewer than 6 visible keypoints")
-    if not max(mask) > 60:
-        raise ValueError("60 pixels or smaller")
-    if not (k[7:, 2] > 0).any():                                      # after face and shoulders
-        raise ValueError("face and shoulders only")
-    return k, [x + w / 2, y + h / 2, 1.2 * max(w, h)]                 # bbox is of edges: no 0.5
+        for name, shape, kind in scipy.io.whosmat(path):              # looks at headers alone
+            if name == "joints":
+                what = f"joints is {kind} {shape}"
+                if shape[:2] in ((3, 14), (14, 3)) and len(shape) == 3 and re.fullmatch(
+                        r"double|single|u?int\d+", kind) and is_small(path.read_bytes()):
+                    return scipy.io.loadmat(path, variable_names=["joints"])["joints"]
+    except NotImplementedError:
+        what = "of MATLAB 7.3 (HDF5), which LSP's own file is not; save it by -v7"
+    except Exception as error:                  # scipy's many
+        what = f"not a readable .mat ({type(error).__name__})"
+    raise ValueError(f"{path}: {what}; expected {expected}")
 
 
-def read_lsp(folder: Path, images: Path) -> People:
-    """Leeds Sports Pose: DIR/joints.mat, DIR/images/im0001.jpg; or its extended set, im00001.jpg.
+def read_lsp(folder: Path, images: Path | None) -> People:
+    """Leeds Sports Pose: DIR/joints.mat, DIR/images/im0001.jpg; or its extended set, im00001.
 
     Told apart by the array's shape.  LSP, joints (3, 14, 2000): flag 0 is visible, 1 occluded (and
     not used, as in the official code); its second half is the test set and never read.  LSPET,
-    joints (14, 3, 10000): flag 1 is visible.  MATLAB's pixels count from 1: - 0.5.
+    joints (14, 3, 10000): flag 1 is visible.  hr-lspet has .png beside joints.mat.  MATLAB's pixels
+    count from 1: - 0.5.
     """
-    path = folder / "joints.mat"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected LSP's folder")
-    try:
-        joints = scipy.io.loadmat(path, variable_names=["joints"])["joints"]
-    except NotImplementedError:
-        raise ValueError(f"{path}: of MATLAB 7.3 (HDF5), not LSP's own file; get that") from None
-    except Exception as error:                  # scipy's many
-        raise ValueError(f"{path}: not a readable .mat with joints in it ({type(error).__name__}); "
-                         f"get the file again") from None
-    if joints.ndim != 3 or joints.dtype.kind not in "fiu" or sorted(joints.shape[:2]) != [3, 14]:
-        raise ValueError(f"{path}: joints is {joints.dtype} {joints.shape}, expected LSP's numbers "
-                         f"(3, 14, 2000) or LSPET's (14, 3, 10000)")
+    joints = read_joints(folder / "joints.mat")
     if extended := joints.shape[0] == 14:
         joints = joints.transpose(2, 0, 1)                            # (N, 14, 3)
     else:
         joints = joints.transpose(2, 1, 0)[:joints.shape[2] // 2]     # (N, 14, 3) the training half
     visible = joints[..., 2] == (1 if extended else 0)                # (N, 14)
-    names = [f"im{i + 1:0{5 if extended else 4}d}.jpg" for i in range(len(joints))]
-    points = np.pad(joints[..., :2].astype(np.float32) - 0.5, ((0, 0), (0, 5), (0, 0)))
-    return people(f"lsp:{folder.name}", images, names, points,
-                  np.pad(visible, ((0, 0), (0, 5))),
-                  skipped={} if extended else {"in the test half": len(joints)})
+    name = "im{:05d}" if extended else "im{:04d}"
+    places = [(place, name + end) for place in ([images] if images else [folder / "images", folder])
+              for end in (".jpg", ".png")]
+    place, name = next((p for p in places if (p[0] / p[1].format(1)).is_file()), places[0])
+    points = np.pad(joints[..., :2] - 0.5, ((0, 0), (0, 5), (0, 0)))  # (N, 19, 2)
+    return make_people(f"lsp:{folder.name}", place, [
+        name.format(i + 1).encode() for i in range(len(joints))], points, np.pad(
+        visible, ((0, 0), (0, 5))), skipped={} if extended else {"in the test half": len(joints)})
 
 
 # AMASS' SMPL-H has 52 joints: 22 of the body, then 15 of each hand.  SMPL's hands are its first
@@ -432,7 +626,7 @@ def read_amass(folder: Path) -> tuple[Tensor, Tensor]:
     for n, path in enumerate(files):
         try:
             clips.append(read_clip(path, n))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             broken.append(str(error))
             if len(broken) > 0.01 * len(files):
                 raise ValueError(f"--mocap {folder}: {len(broken)} of {len(files)} files are "
@@ -446,170 +640,256 @@ def read_amass(folder: Path) -> tuple[Tensor, Tensor]:
 
 def read_clip(path: Path, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """One AMASS file -> pose (M, 24, 3), betas (M, 10)."""
-    clip = load_arrays(path, ("poses", "betas", "mocap_framerate"))
-    poses, betas = (clip.get(key, np.zeros(0)) for key in ("poses", "betas"))
-    rate = clip.get("mocap_framerate", np.zeros(0))
+    expected = "SMPL+H's poses (M, 156), betas (16,), mocap_framerate"
+    clip = load_arrays(path, ("poses", "betas", "mocap_framerate"), expected)
+    poses, betas, rate = (clip.get(key, np.zeros(0)) for key in (
+        "poses", "betas", "mocap_framerate"))
     if poses.ndim != 2 or poses.shape[1] != 156 or poses.dtype.kind != "f" or betas.ndim != 1 \
             or len(betas) < 10 or rate.size != 1 or not 1 <= rate.item() <= 1000:
-        raise ValueError(f"{path}: expected SMPL+H's poses (M, 156), betas (16,), mocap_framerate; "
-                         f"got {poses.shape}, {betas.shape}, {rate.shape} (SMPL-X's has 165)")
-    if not (len(poses) and np.isfinite(poses).all() and np.isfinite(betas[:10]).all()):
-        raise ValueError(f"{path}: no frames, or numbers that are not finite")
+        raise ValueError(f"{path}: expected {expected}; got {poses.shape}, {betas.shape}, "
+                         f"{rate.shape} (SMPL-X's has 165)")
     step = max(1.0, rate.item() / 10)
-    poses = poses[np.arange(0, len(poses), step).astype(int)].reshape(-1, 52, 3)  # (M, 52, 3)
-    pose = np.concatenate([poses[:, :22], poses[:, SMPLH_HANDS]], 1).astype(np.float32)
+    poses = float32(poses[np.arange(0, len(poses), step).astype(int)]).reshape(-1, 52, 3)
+    betas = float32(betas[:10])                                       # (10,)
+    if not (len(poses) and np.isfinite(poses).all() and np.isfinite(betas).all()):
+        raise ValueError(f"{path}: no frames, or numbers that are not finite")
+    pose = np.concatenate([poses[:, :22], poses[:, SMPLH_HANDS]], 1)  # (M, 24, 3)
     for hand, sign in ((22, 1), (23, -1)):
-        if np.ptp(pose[:, hand], axis=0).max() < 1e-3:                # radians: still
+        # Of one frame alone, a hand is still if it is not bent at all; radians.
+        moved = np.ptp(pose[:, hand], axis=0) if len(pose) > 1 else np.abs(pose[0, hand])
+        if moved.max() < 1e-3:
             pose[:, hand] = wandering_hand(len(pose), [seed, hand]) * (1, sign, sign)
-    return pose, np.repeat(betas[None, :10].astype(np.float32), len(pose), 0)
+    return pose, np.repeat(betas[None], len(pose), 0)
 
 
 def wandering_hand(frames: int, seed: list[int]) -> np.ndarray:
     """A left hand (frames, 3) in radians, 10 a second: closed by 10 degrees about -z, wandering by
     3, 3 and 10 degrees, smooth over 0.15 s: what make_assets.py gives the open clips."""
     width = 1.5                                                       # frames
-    white = np.random.default_rng(seed).standard_normal((frames, 3))
-    smooth = gaussian_filter1d(white, width, axis=0, mode="wrap")
+    # At least 16 frames are drawn: the filter spans 13, and a shorter clip would meet itself in it.
+    white = np.random.default_rng(seed).standard_normal((max(frames, 16), 3))
+    smooth = gaussian_filter1d(white, width, axis=0, mode="wrap")[:frames]
     smooth *= math.sqrt(2 * width * math.sqrt(math.pi))               # back to variance 1
     return np.radians(smooth * (3, 3, 10) - (0, 0, 10)).astype(np.float32)
 
 
-# --------------------------------------------------------------------------------------------
-# 4. Pictures, and the world that training asks for batches
+def read_mean_params(path: Path, rotation: str) -> Tensor:
+    """Theta-bar from a file of mean parameters, as the official codes make it -> (1, 85 or 157).
 
-def read_picture(path: str) -> Tensor:
-    """A JPEG or PNG file -> (3, H, W) bytes, RGB.  Raises ValueError that says what is wrong.
-
-    Grey becomes RGB, transparency is dropped, 16 bits become 8.  As it is stored, as TensorFlow's
-    decoder does: an EXIF tag does not turn it, for the labels count stored pixels.
+    HMR's neutral_smpl_mean_params.h5 (read by h5py, if that is there) has pose (72,) and shape
+    (10,): the camera is 0.9, 0, 0, and the root Rx(pi).  SPIN's smpl_mean_params.npz has pose
+    (144,) in 6D, shape (10,), cam (3,), taken as they are.  Raises FileNotFoundError, ValueError.
     """
+    expected = ("HMR's neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz: finite numbers, "
+                "pose (72,) or (144,), shape (10,)")
+    if path.suffix == ".h5":
+        try:
+            import h5py
+            with h5py.File(plain_file(path, expected), "r") as file:
+                arrays = {key: np.array(file[key]) for key in ("pose", "shape")
+                          if file[key].size <= 72}
+        except ImportError:
+            raise ValueError(f"--mean-params {path}: h5py, which reads it, is missing here; "
+                             f"install it, or name SPIN's smpl_mean_params.npz") from None
+        except (OSError, KeyError, AttributeError):
+            arrays = {}
+    else:
+        arrays = load_arrays(path, ("pose", "shape", "cam"), expected)
+    numbers = {key: x for key, x in arrays.items() if x.dtype.kind in "fiu"}
+    pose, shape, cam = (torch.from_numpy(float32(numbers.get(key, default)).ravel())
+                        for key, default in (("pose", []), ("shape", []), ("cam", [0.9, 0, 0])))
+    if len(pose) not in (72, 144) or len(shape) != 10 or len(cam) != 3 or not torch.cat(
+            [pose, shape, cam]).isfinite().all():
+        raise ValueError(f"--mean-params {path}: expected {expected}")
+    if len(pose) == 144:
+        rotmats = rot6d_to_rotmat(pose.view(24, 6))                   # (24, 3, 3)
+        pose = rotmats[..., :2] if rotation == "6d" else torch.from_numpy(
+            Rotation.from_matrix(rotmats.double()).as_rotvec()).float()           # (24, 2 x 3 or 3)
+        return torch.cat([cam, pose.flatten(), shape])[None]          # (1, 85 or 157)
+    theta = mean_theta(pose, rotation)                                # (1, 85 or 157)
+    theta[:, BETAS] = shape
+    return theta
+
+
+# --------------------------------------------------------------------------------------------
+# 5. Pictures, and the world that training asks for batches
+
+MOST_PIXELS = 10 ** 8
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")        # Pillow's others run programs
+
+
+def read_picture(path: str | os.PathLike, size: tuple[int, int] | None = None,
+                 turn: bool = False) -> Tensor:
+    """A picture file -> (3, H, W) bytes, RGB.  Raises FileNotFoundError, ValueError (path: why).
+
+    Grey becomes RGB, transparency is dropped, 16 bits become 8.  size: width and height of the
+    picture that the labels were made on.  A picture that has it as it is stored, or when turned as
+    its EXIF tag says, is taken so, any other is refused; `turn` decides where both or none do.
+    """
+    path = plain_file(path, "a picture")
     try:
-        content = torch.from_numpy(np.fromfile(path, np.uint8))
-        image = decode_image(content, ImageReadMode.RGB)              # (3, H, W)
-    except (RuntimeError, OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no whole JPEG or PNG"
-        raise ValueError(why) from None
-    return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # Pillow's own; the bound is below
+            with Image.open(path, formats=FORMATS) as image:
+                return torch.from_numpy(rgb(image, size, turn)).permute(2, 0, 1)  # (3, H, W)
+    except ValueError as error:
+        why = str(error)
+    except Exception as error:                          # Pillow's many
+        why = (f"no whole JPEG, PNG, BMP, TIFF or WebP of at most {MOST_PIXELS:,} pixels "
+               f"({type(error).__name__}); it may be truncated")
+    raise ValueError(f"{path}: {why}")
+
+
+def rgb(image: Image.Image, size: tuple[int, int] | None, turn: bool) -> np.ndarray:
+    """Decode, and turn, an opened picture -> (H, W, 3) bytes.  Raises ValueError, Pillow's."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} are more than {MOST_PIXELS:,} pixels")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError(f"an animation of {image.n_frames} pictures; name a JPEG or PNG of one")
+    if turn or size and image.size != size:
+        turned = ImageOps.exif_transpose(image)
+        image = turned if not size or turned.size == size else image
+    if size and image.size != size:
+        raise ValueError(f"{image.width} x {image.height} pixels, but its labels were made on "
+                      f"{size[0]} x {size[1]}; put the labelled picture in its place")
+    if image.mode.startswith("I"):                      # 16 bits
+        grey = np.clip(np.asarray(image), 0, 65535) // 257            # (H, W)
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, 2)      # (H, W, 3)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))       # (H, W, 3)
+
+
+def picture_of(found: People, row: int) -> Tensor:
+    """A person's picture (3, H, W), bytes.  Raises FileNotFoundError, ValueError."""
+    path, size = found.folder / os.fsdecode(found.image[row]), tuple(found.size[row].tolist())
+    image = read_picture(path, size if all(size) else None)           # (3, H, W)
+    if found.box[row, 2] > 10 * max(image.shape):
+        raise ValueError(f"{path}: {image.shape[2]} x {image.shape[1]} pixels, and a box of "
+                         f"{found.box[row, 2]:,.0f} pixels in it; is scale in pixels? SPIN's is "
+                         f"the box's side / 200")
+    return image
+
+
+class Draw(NamedTuple):
+    """One person of a batch, and how the crop is jittered."""
+    k: int                                # number of the data set
+    row: int
+    shift: tuple[float, float] = (0, 0)   # pixels of a 224 crop
+    zoom: float = 1.0
+    flip: bool = False
+
+
+def training_draws(sizes: list[int], share: np.ndarray, B: int, crop: str, seed: int, rank: int,
+                   step: int) -> Iterator[list[Draw]]:
+    """The draws of one batch after the other, from `step` on: functions of (seed, step, rank).
+
+    sizes: people of each data set; share: each data set's part of a batch.
+    """
+    _, move, least, most = CROPS[crop]                                # official: 20, 0.8, 1.23
+    while True:
+        rng = np.random.default_rng([seed, step, rank])
+        # evenly spaced, so that every batch has its share of each data set, to within one picture
+        place = (np.arange(B) + rng.random()) / B                     # (B,)
+        chosen = np.searchsorted(share.cumsum()[:-1], rng.permutation(place), "right")
+        yield [Draw(int(k), int(u_row * sizes[k]), (move * (2 * u_x - 1), move * (2 * u_y - 1)),
+                    least + (most - least) * u_zoom, u_flip < 0.5)
+               for k, (u_row, u_x, u_y, u_zoom, u_flip) in zip(chosen, rng.random((B, 5)))]
+        step += 1
 
 
 class Pictures(Dataset):
-    """What the loading processes hold: people as arrays, no body, nothing on a GPU.
+    """pictures[draw] -> one person's crop, or the next person's whose picture can be used.
 
-    pictures[step] -> (Batch with the image as bytes, its rows, [(data set, row, what could not be
-    read), ..]), a function of (seed, step, rank) alone.  share: each data set's part of a batch.
+    What the loading processes hold: people as arrays, no body, nothing on a GPU.
     """
 
-    def __init__(self, sets: list[People], size: int, crop: str, batch: int = 64,
-                 share: np.ndarray | None = None, seed: int = 0, rank: int = 0):
-        self.sets, self.size, self.crop, self.batch = sets, size, crop, batch
-        self.share, self.seed, self.rank = share, seed, rank
+    def __init__(self, sets: list[People], size: int, crop: str, replace: bool = True):
+        self.sets, self.size, self.crop, self.replace = sets, size, crop, replace
         self.windows = [windows(found, crop) for found in sets]       # (N, 2), (N,) each
+        self.broken = [set() for _ in sets]                           # rows that `batches` named
 
-    def __getitem__(self, step: int) -> tuple[Batch | None, list, list]:
-        rng, B = np.random.default_rng([self.seed, step, self.rank]), self.batch
-        _, move, least, most = CROPS[self.crop]
-        # evenly spaced, so that every batch has its share of each data set, to within one picture
-        place = (np.arange(B) + rng.random()) / B                     # (B,)
-        chosen = np.searchsorted(self.share.cumsum()[:-1], rng.permutation(place), "right")
-        draws, rows, broken = rng.random((B, 5)), [], []
-        for k, (u_row, u_x, u_y, u_zoom, _) in zip(chosen, draws):
-            row = int(u_row * len(self.sets[k].image))
-            shift = move * (2 * u_x - 1), move * (2 * u_y - 1)        # official: 20 pixels of 224
-            cut = self.readable(k, row, shift, least + (most - least) * u_zoom, broken)
-            if cut is None:
-                return None, [], broken
-            rows.append((k, *cut))
-        batch, flip = self.collate(rows), torch.from_numpy(draws[:, 4] < 0.5)
-        mirrored = flip_batch(batch)
-        return Batch(*(torch.where(flip.view(-1, *[1] * (x.ndim - 1)), m, x)
-                       for m, x in zip(mirrored, batch))), [row for _, row, *_ in rows], broken
+    def __getitem__(self, draw: Draw) -> tuple[list, list]:
+        """-> [(draw, crop, points)], and [(data set, row, why), ..] of what cannot be used.
 
-    def readable(self, k: int, row: int, shift: tuple[float, float], zoom: float, broken: list):
-        """The row's person, or the next one's whose picture can be read -> (row, crop, points);
-        None after 1 % of the data set in a row."""
-        N = len(self.sets[k].image)
-        for tries in range(1 + N // 100):
+        After 1 % of a data set in a row, or without `replace` at once, nobody takes the place.
+        """
+        N, broken = len(self.sets[draw.k].image), []
+        for tries in range(1 + N // 100 if self.replace else 1):
+            one = draw._replace(row=(draw.row + tries) % N)
             try:
-                return ((row + tries) % N, *self.cut(k, (row + tries) % N, shift, zoom))
-            except ValueError as error:
-                broken.append((int(k), (row + tries) % N, str(error)))
-        return None
+                return [(one, *self.cut(one))], broken
+            except (ValueError, OSError) as error:
+                broken.append((one.k, one.row, str(error)))
+        return [], broken
 
-    def cut(self, k: int, row: int, shift: tuple[float, float] = (0, 0),
-            zoom: float = 1.0) -> tuple[Tensor, Tensor]:
+    def cut(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """One person -> crop (3, size, size) bytes, keypoints2d (19, 2); as `crop_person`."""
-        found, (centers, sides) = self.sets[k], self.windows[k]
-        path = found.folder / os.fsdecode(found.image[row])
-        try:
-            image = read_picture(path)                                # (3, H, W)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        side = float(sides[row])
-        center = centers[row] + torch.tensor(shift) * side / 224      # (2,)
-        side = side / zoom                                            # after the shift
-        points = 2 * (torch.from_numpy(found.keypoints2d[row]) - center) / side   # (19, 2)
+        found, (centers, sides) = self.sets[draw.k], self.windows[draw.k]
+        image = picture_of(found, draw.row)                           # (3, H, W)
+        center, side = jittered(centers[draw.row], float(sides[draw.row]), draw.shift, draw.zoom)
+        points = 2 * (torch.from_numpy(found.keypoints2d[draw.row]) - center) / side  # (19, 2)
         padding = "zeros" if self.crop == "spin" else "border"
         return cut_window(image, center, side, self.size, padding), points
 
-    def collate(self, rows: list[tuple]) -> Batch:
-        """[(data set, row, crop, points), ..] -> Batch; what a data set lacks is 0 and masked."""
-        def stack(key, shape):
-            parts = [getattr(self.sets[k], key) for k, *_ in rows]
+    def collate(self, items: list) -> tuple[Batch | None, list[int], list]:
+        """Items -> Batch with the image as bytes, its rows, and what cannot be used.
+
+        What a data set lacks is 0 and masked.
+        """
+        found, broken = ([one for item in items for one in item[part]] for part in (0, 1))
+        if not found:
+            return None, [], broken
+        draws, crops, points = zip(*found)
+
+        def stack(key: str, *shape: int) -> Tensor:
+            parts = [getattr(self.sets[draw.k], key) for draw in draws]
             return torch.from_numpy(np.stack([
-                np.zeros(shape, np.float32) if part is None else part[row].astype(np.float32)
-                for part, (_, row, *_) in zip(parts, rows)]))
-        visible, has_smpl = stack("visible", 19), stack("has_smpl", ())           # (B, 19), (B,)
-        S = stack("S", (24, 4))[:, J24_TO_19]                         # (B, 19, 4)
+                np.zeros(shape, np.float32) if part is None else part[draw.row].astype(np.float32)
+                for part, draw in zip(parts, draws)]))
+        visible, has_smpl = stack("visible", 19), stack("has_smpl")   # (B, 19), (B,)
+        S = stack("S", 24, 4)[:, J24_TO_19]                           # (B, 19, 4)
         rotmats = batch_rodrigues(stack("pose", 72).view(-1, 24, 3))  # (B, 24, 3, 3)
-        points = torch.stack([points for *_, points in rows])         # (B, 19, 2)
-        return Batch(image=torch.stack([crop for _, _, crop, _ in rows]), visible=visible,
-                     keypoints2d=points * visible[..., None], keypoints3d=S[..., :3],
-                     rotmats=rotmats * has_smpl[:, None, None, None], betas=stack("betas", 10),
-                     has_3d=S[..., 3], has_smpl=has_smpl, cam=torch.zeros(len(rows), 3))
+        batch = Batch(image=torch.stack(crops), visible=visible,
+                      keypoints2d=torch.stack(points) * visible[..., None],
+                      keypoints3d=S[..., :3], rotmats=rotmats * has_smpl[:, None, None, None],
+                      betas=stack("betas", 10), has_3d=S[..., 3], has_smpl=has_smpl,
+                      cam=torch.zeros(len(draws), 3))
+        flip = torch.tensor([draw.flip for draw in draws])            # (B,)
+        batch = Batch(*(torch.where(flip.view(-1, *[1] * (x.ndim - 1)), mirrored, x)
+                        for mirrored, x in zip(flip_batch(batch), batch)))
+        return batch, [draw.row for draw in draws], broken
 
 
-class Stream:
-    """pictures[n], pictures[n + 1], .. ahead of need, by processes; whatever they cannot read is
-    counted and named, and is an error above 1 % of a data set."""
+def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
+            device: torch.device) -> Iterator[tuple[Batch | None, list[int]]]:
+    """Each list of draws as a Batch on the device, image in [0, 1], and its rows.
 
-    def __init__(self, pictures: Pictures, workers: int, device: torch.device):
-        self.pictures, self.workers, self.device = pictures, workers, device
-        self.ahead, self.next = None, -1
-        self.broken = [set() for _ in pictures.sets]
-
-    def __call__(self, n: int) -> tuple[Batch | None, list[int]]:
-        """pictures[n] on the device, image in [0, 1], and its rows; what was broken is said."""
-        batch, rows, broken = self.fetch(n)
-        for k, row, what in broken:
-            seen, found = self.broken[k], self.pictures.sets[k]
-            if row not in seen:
-                seen.add(row)
-                say(printable(f"{found.name}: left out, {what}"))
-            if len(seen) > 0.01 * len(found.image):
-                raise ValueError(f"{found.name}: the pictures of {len(seen)} of its "
-                                 f"{len(found.image):,} people cannot be read, more than 1 %, the "
-                                 f"last {what}; get them again")
-        if batch is not None:
-            batch = Batch(*(part.to(self.device, non_blocking=True) for part in batch))
-            batch = batch._replace(image=batch.image.float() / 255)   # (B, 3, size, size)
-        return batch, rows
-
-    def fetch(self, n: int) -> tuple:
-        if self.workers == 0:
-            return self.pictures[n]
-        if self.ahead is None or n != self.next:
-            # a generator of its own: the loader's draw must not touch that of dropout
-            self.ahead = iter(DataLoader(
-                self.pictures, batch_size=None, sampler=range(n, 2 ** 62),
-                generator=torch.Generator(), num_workers=self.workers,
-                worker_init_fn=leave_ctrl_c_to_main, pin_memory=self.device.type == "cuda"))
-            self.next = n
-        self.next += 1
-        try:
-            return next(self.ahead)
-        except RuntimeError as error:           # killed, or no shared memory
-            raise ValueError(f"--workers {self.workers}: a loading process ended ({error!s:.100}); "
-                             f"is /dev/shm full? try --workers 0") from None
+    Processes load ahead of need.  What cannot be used is named once, and is an error above 1 % of a
+    data set.  Raises ValueError.
+    """
+    # a generator of its own: the loader's draw must not touch that of dropout
+    loader = DataLoader(pictures, batch_sampler=draws, collate_fn=pictures.collate,
+                        generator=torch.Generator(), num_workers=workers,
+                        worker_init_fn=leave_ctrl_c_to_main, pin_memory=device.type == "cuda")
+    try:
+        for batch, rows, broken in loader:
+            for k, row, why in broken:
+                seen, found = pictures.broken[k], pictures.sets[k]
+                if row not in seen:
+                    seen.add(row)
+                    say(printable(f"{found.name}: left out, {why}"))
+                if len(seen) > 0.01 * len(found.image):
+                    raise ValueError(f"{found.name}: the pictures of {len(seen)} of its "
+                                     f"{len(found.image):,} people cannot be used, more than 1 %, "
+                                     f"the last {why}")
+            if batch is not None:
+                batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
+                batch = batch._replace(image=batch.image.float() / 255)           # (B, 3, H, W)
+            yield batch, rows
+    except RuntimeError as error:               # a process was killed, or has no shared memory
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"--workers {workers}: a loading process ended ({error!s:.100}); is "
+                         f"/dev/shm full? try --workers 0") from None
 
 
 def leave_ctrl_c_to_main(worker: int) -> None:
@@ -631,13 +911,9 @@ class RealPeople:
         rank, ranks = train.rank_and_ranks()
         sets = [read_people(text) for text in options.data]
         if not config.paired:
-            sets = [found._replace(S=None, has_smpl=0 * found.has_smpl) for found in sets]
+            sets = [usable(found._replace(S=None, has_smpl=0 * found.has_smpl)) for found in sets]
         self.batch_size, share = config.batch // ranks, shares(sets, options.mix)
         print_people(sets, share)
-        limbs = [JOINT_NAMES.index(name) for name in KEYPOINT_NAMES[:13]]
-        if torch.equal(smpl.cocoplus_regressor[:13], smpl.J_regressor[limbs]):
-            say(f"{smpl.name}: its 19 keypoints are SMPL's joints and six vertices, not what HMR's "
-                f"regressor makes of the skin; hips, neck and ankles are not where people click")
         if len(smpl.v_template) != 6890 and (options.mocap or any(x.has_smpl.any() for x in sets)):
             say(f"{smpl.name} is not SMPL's mesh: the betas of --data and --mocap mean something "
                 f"else on it; name SMPL's file by --smpl")
@@ -648,16 +924,20 @@ class RealPeople:
             say("no --mocap: the adversary knows the open clips' motion, and betas ~ N(0, 1)")
         self.pool = SyntheticPeople(smpl, frames, self.batch_size, config.size, seed=config.seed,
                                     rank=rank, mix=not options.mocap)
-        pictures = Pictures(sets, config.size, config.crop, self.batch_size, share, config.seed,
-                            rank)
-        self.stream, self.last = Stream(pictures, options.workers, self.pool.device), (-1, None)
+        pictures = Pictures(sets, config.size, config.crop)
+        draws = functools.partial(training_draws, [len(found.image) for found in sets], share,
+                                  self.batch_size, config.crop, config.seed, rank)
+        self.stream = lambda step: batches(pictures, draws(step), options.workers, self.pool.device)
+        self.ahead, self.last = None, (-1, None)
         self.name = name_of(sets, share, f"{len(frames):,} frames of "
                             f"{'AMASS' if options.mocap else 'the open clips'}")
 
     def batch(self, step: int) -> Batch:
         """The step-th batch; asked for again at once, it is not read again (--overfit)."""
         if self.last[0] != step:
-            self.last = step, self.stream(step)[0]
+            if self.ahead is None or self.last[0] != step - 1:
+                self.ahead = self.stream(step)
+            self.last = step, next(self.ahead)[0]
         return self.last[1]
 
     def motion(self, n: int, step: int) -> tuple[Tensor, Tensor]:
@@ -674,17 +954,13 @@ class RealPeople:
 
 
 def name_of(sets: list[People], share: np.ndarray, motion: str) -> str:
-    """What a world of photographs is made of: kinds, counts and the pictures' names, but no folders,
+    """What a world of photographs is made of: kinds, counts and the pictures' names, no folders,
     since a folder that has moved does not make other data.  A checkpoint keeps it."""
     names = hashlib.sha256(b"\n".join(b"".join([*found.image]) for found in sets)).hexdigest()
     kinds = ", ".join(f"{found.name.partition(':')[0]} {len(found.image):,} people {part:.1%}"
                       for found, part in zip(sets, share))
     return (f"photographs ({kinds}; names {names[:12]}; {motion}; `python -m appendix.datasets "
             f"train`)")
-
-
-def has_3d_labels(found: People) -> bool:
-    return bool(found.has_smpl.any() or (found.S is not None and found.S[..., 3].any()))
 
 
 def shares(sets: list[People], mix: tuple[float, ...]) -> np.ndarray:
@@ -702,100 +978,77 @@ def shares(sets: list[People], mix: tuple[float, ...]) -> np.ndarray:
     return share / share.sum()
 
 
+def has_3d_labels(found: People) -> bool:
+    labels = which_labels(found)
+    return bool(labels["SMPL"].any() or labels["3D"].any())
+
+
 def print_people(sets: list[People], share: np.ndarray) -> None:
-    say(f"{'data set':42s}{'people':>9s}{'with 3D':>9s}{'with SMPL':>10s}{'of a batch':>11s}"
-        f"  left out")
+    say(f"{'data set':42s}{'people':>9s}{'with 2D':>9s}{'with 3D':>9s}{'with SMPL':>10s}"
+        f"{'of a batch':>11s}  left out")
     for found, part in zip(sets, share):
-        with_3d = 0 if found.S is None else int((found.S[..., 3] > 0).any(1).sum())
-        say(printable(f"{found.name:42s}{len(found.image):9,}{with_3d:9,}"
-                      f"{int(found.has_smpl.sum()):10,}{part:11.0%}  {reasons(found)}"))
+        n = {kind: int(who.sum()) for kind, who in which_labels(found).items()}
+        say(printable(f"{found.name:42s}{len(found.image):9,}{n['2D']:9,}{n['3D']:9,}"
+                      f"{n['SMPL']:10,}{part:11.0%}  {reasons(found.skipped)}"))
 
 
 # --------------------------------------------------------------------------------------------
-# 5. Measures on real data (Sec. 4.1, Tables 1 to 3), the protocol beside every number
+# 6. Measures on real data (Sec. 4.1, Tables 1 to 3), the protocol beside every number
 
-class InOrder(Pictures):
-    """Every person of one data set once, 64 at a time, without jitter or flip."""
-
-    def __getitem__(self, n: int) -> tuple[Batch | None, list, list]:
-        rows, broken = [], []
-        for row in range(n * self.batch, min((n + 1) * self.batch, len(self.sets[0].image))):
-            try:
-                rows.append((0, row, *self.cut(0, row)))
-            except ValueError as error:
-                broken.append((0, row, str(error)))
-        return self.collate(rows) if rows else None, [row for _, row, *_ in rows], broken
-
-
-def load_joint_regressor(path: str, V: int) -> Tensor | None:
+def load_joint_regressor(path: str, V: int) -> Tensor:
     """J_regressor_h36m.npy, which makes H3.6M's 17 joints of SMPL's vertices -> (17, V)."""
-    if not path:
-        return None
+    expected = (f"J_regressor_h36m.npy, finite numbers (17, {V}), as many columns as the body "
+                f"(--smpl) has vertices; without it 13 joints are measured")
     try:
-        regressor = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--joint-regressor {path}: no such file; leave it out for 13 "
-                                f"joints by the body's own keypoints") from None
-    except Exception as error:
-        raise ValueError(f"--joint-regressor {path}: not a readable .npy of numbers "
-                         f"({type(error).__name__}); get J_regressor_h36m.npy again") from None
-    if not isinstance(regressor, np.ndarray) or regressor.dtype.kind != "f" or \
-            regressor.shape != (17, V) or not np.isfinite(regressor).all():
-        raise ValueError(f"--joint-regressor {path}: expected finite numbers (17, {V}), as many "
-                         f"columns as the body (--smpl) has vertices")
-    return torch.from_numpy(regressor).float()
+        regressor = np.load(plain_file(path, expected), mmap_mode="r", allow_pickle=False)
+        if regressor.shape == (17, V) and regressor.dtype.kind == "f":
+            if np.isfinite(regressor := float32(regressor)).all():
+                return torch.from_numpy(regressor)
+    except (ValueError, TypeError, AttributeError, EOFError):         # numpy's
+        pass
+    raise ValueError(f"--joint-regressor {path}: expected {expected}")
 
 
-def compared(keypoints: Tensor, vertices: Tensor, regressor: Tensor | None,
-             P: int) -> tuple[Tensor, Tensor]:
-    """A body's P joints (B, P, 3) and vertices (B, V, 3), metres, from the root they are measured
-    from: the regressor's pelvis, or without one the middle of the hips, as in the paper's code."""
-    if regressor is None:
-        points, root = keypoints[:, :P], keypoints[:, RIGHT_HIP:LEFT_HIP + 1].mean(1, keepdim=True)
-    else:
-        joints = regressor @ vertices                                 # (B, 17, 3)
-        points, root = joints[:, H36M_TO_14], joints[:, :1]           # (B, 14, 3), (B, 1, 3)
-    return points - root, vertices - root
+class Protocol:
+    """How one data set is measured: joints, root, and the bodies that are the truth.
 
+    True joints are those measured, S, or where nobody has S a body's own.
+    """
 
-def true_points(S: Tensor, with_regressor: bool) -> tuple[Tensor, Tensor]:
-    """Measured joints, S (B, 24, 4) in J24's order -> (B, P, 3) from the root as in `compared`, and
-    who has them all (B,)."""
-    used = J24_TO_14 if with_regressor else list(range(13))
-    roots = [J24_PELVIS] if with_regressor else [RIGHT_HIP, LEFT_HIP]
-    points = S[:, used, :3] - S[:, roots, :3].mean(1, keepdim=True)   # (B, P, 3)
-    return points, (S[:, used + roots, 3] > 0).all(1)
-
-
-def errors_of(points: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """Root-centred joints (B, P, 3) twice -> errors (B, P), mm, before and after Procrustes."""
-    aligned = compute_similarity_transform(points, true)              # (B, P, 3) frame by frame
-    return {"mpjpe": 1000 * (points - true).norm(dim=-1),
-            "pa_mpjpe": 1000 * (aligned - true).norm(dim=-1)}
-
-
-class Truth:
-    """Whom a data set's people are compared with: bodies of their gender, and measured joints."""
-
-    def __init__(self, found: People, options: argparse.Namespace, smpl: SMPL,
-                 regressor: Tensor | None):
+    def __init__(self, found: People, smpl: SMPL, options: argparse.Namespace):
         if not has_3d_labels(found):
             raise ValueError(f"--data {found.name}: has neither S nor pose; nothing to measure by")
-        self.found, self.regressor, self.bodies = found, regressor, {b"": smpl}
-        for gender, path in zip((b"m", b"f"), options.smpl_genders):
-            self.bodies[gender] = SMPL(path).to(smpl.v_template.device)
+        device, path = smpl.v_template.device, options.joint_regressor
+        self.found, self.bodies, self.body = found, {b"": smpl}, f"{smpl.name} for all"
+        self.regressor = load_joint_regressor(path, len(smpl.v_template)).to(
+            device) if path else None                                 # (17, V)
+        self.from_S = bool(which_labels(found)["3D"].any())
+        self.P = 13 if self.from_S and not path else 14
+        self.joints = (f"14 joints by {Path(path).name}, root its pelvis" if path else
+                       (f"13 of LSP's joints, no head, by {smpl.name}" if self.from_S else
+                        "LSP's 14 joints, both bodies' own") + ", root the hips' middle")
+        for gender, file in zip((b"m", b"f"), options.smpl_genders):
+            self.bodies[gender] = SMPL(file).to(device)
             if self.bodies[gender].v_template.shape != smpl.v_template.shape:
-                raise ValueError(f"--smpl-genders {path}: not the mesh of --smpl; name SMPL's")
-        self.from_S = found.S is not None and bool(found.S[..., 3].any())
-        self.P = 13 if self.from_S and regressor is None else 14
-        hips = "root the hips' middle"
-        self.joints = (
-            f"14 joints by {Path(options.joint_regressor).name}, root its pelvis" if regressor is not
-            None else f"13 of LSP's joints, no head, by {smpl.name}, {hips}" if self.from_S else
-            f"LSP's 14 joints, both bodies' own, {hips}")
-        self.body = "male and female bodies" if options.smpl_genders else f"{smpl.name} for all"
+                raise ValueError(f"--smpl-genders {file}: not the mesh of --smpl; name SMPL's")
+        if options.smpl_genders:
+            m, f = (int((found.gender == gender).sum()) for gender in (b"m", b"f"))
+            if not m + f:
+                raise ValueError(f"--smpl-genders: {found.name} says nobody's gender; leave it out")
+            self.body = (f"male bodies of {m:,}, female of {f:,}, {smpl.name} of "
+                         f"{len(found.gender) - m - f:,} who are neither")
 
-    def __call__(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def rooted(self, keypoints: Tensor, vertices: Tensor) -> tuple[Tensor, Tensor]:
+        """A body's joints (B, P, 3) and vertices (B, V, 3), metres, from the root: the regressor's
+        pelvis, or without one the middle of the hips, as in the paper's code."""
+        if self.regressor is None:
+            points, root = keypoints[:, :self.P], hip_midpoint(keypoints)         # (B, 1, 3)
+        else:
+            joints = self.regressor @ vertices                        # (B, 17, 3)
+            points, root = joints[:, H36M_TO_14], joints[:, :1]       # (B, 14, 3), (B, 1, 3)
+        return points - root, vertices - root
+
+    def truth(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> joints (B, P, 3), whether known (B,), vertices (B, V, 3), whether known (B,)."""
         body, device = self.bodies[b""](batch.betas, batch.rotmats), batch.image.device
         keypoints, skin = body.keypoints, body.vertices
@@ -804,88 +1057,142 @@ class Truth:
             if gender and theirs.any():
                 body = smpl(batch.betas[theirs], batch.rotmats[theirs])
                 keypoints[theirs], skin[theirs] = body.keypoints, body.vertices
-        known = batch.has_smpl > 0                                    # (B,)
-        points, skin = compared(keypoints, skin, self.regressor, self.P)
+        (points, skin), known = self.rooted(keypoints, skin), batch.has_smpl > 0
         if not self.from_S:
             return points, known, skin, known
         S = torch.from_numpy(self.found.S[rows]).to(device)           # (B, 24, 4)
-        return *true_points(S, self.regressor is not None), skin, known
+        used, roots = ([*range(13)], [RIGHT_HIP, LEFT_HIP]) if self.regressor is None else (
+            J24_TO_14, [J24_PELVIS])
+        points = S[:, used, :3] - S[:, roots, :3].mean(1, keepdim=True)           # (B, P, 3)
+        return points, (S[:, used + roots, 3] > 0).all(1), skin, known
 
 
 @torch.no_grad()
-def measure(model: HMR, config: Config, options: argparse.Namespace, found: People,
-            regressor: Tensor | None) -> dict:
-    """One data set: each iteration's measures, averaged over frames -> what `evaluate` prints."""
-    truth = Truth(found, options, model.smpl, regressor)
-    # SPIN's network comes with a crop of its own
-    pictures = InOrder([found], config.size, "spin" if hasattr(model, "crop") else config.crop)
-    stream = Stream(pictures, options.workers, model.smpl.v_template.device)
-    errors, skins = [], []                                            # per batch, T of each
-    for n in range(math.ceil(len(found.image) / pictures.batch)):
-        batch, rows = stream(n)
-        if n % 200 == 199:
-            say(f"{(n + 1) * pictures.batch:,} of {len(found.image):,} people")
+def measure(network: Network, found: People, options: argparse.Namespace) -> tuple[dict, dict]:
+    """One data set -> its part of metrics.json, and arrays of every person's last prediction."""
+    model, N = network.model, len(found.image)
+    protocol = Protocol(found, model.smpl, options)
+    pictures = Pictures([found], network.config.size, network.crop, replace=False)
+    draws = [[Draw(0, row) for row in range(n, min(n + 64, N))] for n in range(0, N, 64)]
+    device, parts = model.smpl.v_template.device, []                  # one of each batch
+    for n, (batch, rows) in enumerate(batches(pictures, draws, options.workers, device), 1):
+        if n % 200 == 0:
+            say(f"{64 * n:,} of {N:,} people")
         if batch is None:
             continue
-        points, known, skin, with_skin = truth(batch, rows)
-        theta_errors, theta_skins = [], []
+        true, known, skin, with_skin = protocol.truth(batch, rows)
+        joints, pve = [], []                                          # of each Theta
         for theta in model(batch.image)[0]:
-            pred = model.decode(theta, vertices=True)
-            p, v = compared(pred.keypoints3d, pred.vertices, regressor, truth.P)
-            theta_errors.append(errors_of(p[known], points[known]))
-            theta_skins.append(1000 * (v - skin)[with_skin].norm(dim=-1).mean(1))     # (n,)
-        errors.append(theta_errors), skins.append(theta_skins)
-    result = {"name": found.name, "truth": truth, "per_iteration": [],
-              "frames": sum(len(e[0]["mpjpe"]) for e in errors),
-              "skins": sum(len(s[0]) for s in skins)}
-    if not result["frames"]:
-        raise ValueError(f"--data {found.name}: nobody has all of {truth.joints}")
-    for of_theta, of_skin in zip(zip(*errors), zip(*skins)):
-        row = summarize(list(of_theta))
-        aligned = summarize([{"mpjpe": e["pa_mpjpe"]} for e in of_theta])
-        result["per_iteration"].append(row | {
-            "pve": torch.cat(of_skin).mean().item(), "pa_pck": aligned["pck"],
-            "pa_auc": aligned["auc"]})
-    return result
+            body = model.decode(theta, vertices=True)
+            points, vertices = protocol.rooted(body.keypoints3d, body.vertices)
+            joints.append(points), pve.append(1000 * (vertices - skin).norm(dim=-1).mean(1))
+        parts.append(dict(
+            row=torch.tensor(rows), true=true, known=known, with_skin=with_skin,
+            joints=torch.stack(joints, 1), pve=torch.stack(pve, 1),   # (B, T, P, 3), (B, T)
+            rotmats=body.rotmats, betas=body.betas, camera=body.cam))
+    every = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
+    known, image = every["known"], found.image[every["row"]]
+    if not known.any():
+        raise ValueError(f"--data {found.name}: nobody has all of {protocol.joints}")
+    errors = [errors_of(points[known], every["true"][known])
+              for points in every["joints"].unbind(1)]                # of each Theta
+    pve = every["pve"][every["with_skin"]].mean(0)                        # (T,)
+    result = {"data": found.name, "joints": protocol.joints, "frames": int(known.sum()),
+              "truth": "measured joints S" if protocol.from_S else protocol.body,
+              "skin": f"{len(model.smpl.v_template):,} vertices, the same root; truth: "
+                      f"{protocol.body}", "frames_of_skin": int(every["with_skin"].sum()),
+              "per_iteration": [summary(*x) for x in zip(errors, pve.tolist())],
+              "per_action": by_action(image[known], errors[-1])}
+    pose = Rotation.from_matrix(every["rotmats"].flatten(0, 1).double()).as_rotvec()
+    return result, {"data": np.full(len(image), found.name), "imgname": image,
+                    "row": every["row"].numpy(), "pose": pose.reshape(-1, 24, 3),
+                    "betas": every["betas"].numpy(), "camera": every["camera"].numpy(),
+                    "joints_mm": 1000 * every["joints"][:, -1].numpy()}
 
 
-def evaluate(model: HMR, config: Config, options: argparse.Namespace) -> list[dict]:
-    """Measure on each data set and print, a line a measure, with its protocol.
+def errors_of(points: Tensor, true: Tensor) -> dict[str, Tensor]:
+    """Root-centred joints (n, P, 3) twice -> errors (n, P), mm, before and after Procrustes."""
+    aligned = compute_similarity_transform(points, true)              # (n, P, 3) frame by frame
+    return {"mpjpe": 1000 * (points - true).norm(dim=-1),
+            "pa_mpjpe": 1000 * (aligned - true).norm(dim=-1)}
 
-    model: HMR, or what has its forward, decode and smpl (with a `crop`: SPIN, whose boxes are cut
-    out as they are in its files).  options: data, joint_regressor, smpl_genders and workers of the
+
+def summary(errors: dict[str, Tensor], pve: float) -> dict[str, float | None]:
+    """One iteration's errors -> seven measures; None: nobody has SMPL labels."""
+    aligned = summarize([{"mpjpe": errors["pa_mpjpe"]}])
+    return summarize([errors]) | {"pve": pve if math.isfinite(pve) else None,
+                                  "pa_pck": aligned["pck"], "pa_auc": aligned["auc"]}
+
+
+def by_action(image: np.ndarray, errors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Means over the frames of each of H3.6M's actions, which stand in the pictures' names, such as
+    S9_Directions_1.54138969_000001.jpg; nothing for other names."""
+    found = [re.match(r"S\d+_([A-Za-z]+)", PurePosixPath(os.fsdecode(x)).name) for x in image]
+    action = np.array([match and match[1] for match in found])
+    return {} if None in found else {
+        one: {"frames": int((action == one).sum())} | {
+            key: x[torch.from_numpy(action == one)].mean().item() for key, x in errors.items()}
+        for one in sorted({*action.tolist()})}
+
+
+def evaluate(network: Network, options: argparse.Namespace) -> list[dict]:
+    """Measure on each data set, print a line a measure with its protocol, write metrics.json.
+
+    options: checkpoint, data, joint_regressor, smpl_genders, workers, out and result_file of the
     command line.  In float32.  Raises ValueError, FileNotFoundError.
     """
-    model.eval().amp = None
-    smpl, results = model.smpl, []
-    regressor = load_joint_regressor(options.joint_regressor, len(smpl.v_template))
-    regressor = None if regressor is None else regressor.to(smpl.v_template.device)
+    network.model.eval().amp = None
+    metrics = {"checkpoint": str(options.checkpoint), "of": list(options.data),
+               "joint_regressor": options.joint_regressor, "genders": list(options.smpl_genders)}
+    target, file, results, predictions = options.out / "metrics.json", options.result_file, [], []
+    if target.exists() and not metrics.items() <= dict(read_json(target, "metrics.json")).items():
+        raise ValueError(f"--out {options.out}: holds the metrics.json of other measurements; name "
+                         f"another folder")
+    if file and (file.exists() or file.suffix != ".npz"):
+        raise ValueError(f"--result-file {file}: expected the name of a new file, .npz")
     for text in options.data:
         found = read_people(text)
-        say(printable(f"{found.name}: {len(found.image):,} people, {reasons(found)}"))
-        results.append(measure(model, config, options, found, regressor))
+        say(printable(f"{found.name}: {len(found.image):,} people, {reasons(found.skipped)}"))
+        for part, into in zip(measure(network, found, options), (results, predictions)):
+            into.append(part)
         print_measures(results[-1])
+    write_atomically(target, json.dumps(metrics | {"results": results}, indent=1,
+                                        allow_nan=False).encode())
+    if file:
+        content = io.BytesIO()
+        np.savez_compressed(content, **{key: np.concatenate([p[key] for p in predictions])
+                                        for key in predictions[0]})
+        write_atomically(file, content.getvalue())
+    say(printable(f"wrote {target}" + f" and {file}" * bool(file)))
     return results
 
 
 def print_measures(result: dict) -> None:
-    truth, V = result["truth"], len(result["truth"].bodies[b""].v_template)
-    frames = f"mean over {result['frames']:,} frames"
-    root = f"{truth.joints}; truth: {'measured joints S' if truth.from_S else truth.body}; {frames}"
-    aligned = "the same, each frame moved, turned and scaled onto the truth"
-    skin = (f"{V:,} vertices, the same root; truth: {truth.body}; mean over {result['skins']:,} "
-            f"frames" if result["skins"] else "no SMPL labels")
+    root = f"{result['joints']}; truth: {result['truth']}; mean over {result['frames']:,} frames"
+    skin = (f"{result['skin']}; mean over {result['frames_of_skin']:,} frames"
+            if result["frames_of_skin"] else "no SMPL labels")
     bins = "thresholds 0, 5 .. 150 mm, strictly below"
     say(f"{'':16s}" + "".join(f"{f'iteration {t}':>13s}" for t in range(
         1, 1 + len(result["per_iteration"]))) + "  protocol")
     for key, title, protocol in (
-            ("mpjpe", "MPJPE mm", root), ("pa_mpjpe", "PA-MPJPE mm", aligned),
+            ("mpjpe", "MPJPE mm", root), ("pa_mpjpe", "PA-MPJPE mm", "the same, each frame moved, "
+                                          "turned and scaled onto the truth"),
             ("pve", "PVE mm", skin), ("pck", "PCK@150 %", "joints as of MPJPE, below 150 mm"),
             ("auc", "AUC %", bins),
             ("pa_pck", "PA-PCK@150 %", "joints as of PA-MPJPE"), ("pa_auc", "PA-AUC %", bins)):
         values = [row[key] for row in result["per_iteration"]]
-        say(f"{title:16s}" + "".join(f"{v:13.1f}" if math.isfinite(v) else f"{'-':>13s}"
+        say(f"{title:16s}" + "".join(f"{'-':>13s}" if v is None else f"{v:13.1f}"
                                      for v in values) + f"  {protocol}")
+    if "3dhp" in result["data"].lower():
+        say("SPIN's published numbers for 3DHP are over 17 joints, with pelvis, spine and jaw: "
+            "another protocol")
+    rows = dict(result["per_action"])
+    if rows:
+        rows["mean of actions"] = {key: np.mean([row[key] for row in rows.values()])
+                                   for key in ("mpjpe", "pa_mpjpe")} | {"frames": len(rows)}
+        say(f"{'last iteration':16s}{'MPJPE mm':>13s}{'PA-MPJPE mm':>13s}{'frames':>13s}")
+    for title, row in rows.items():
+        say(f"{title:16s}{row['mpjpe']:13.1f}{row['pa_mpjpe']:13.1f}{row['frames']:13,}")
 
 
 # ============================================================================================
@@ -898,49 +1205,61 @@ def print_orders() -> None:
                                  for order in ORDERS.values()))
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", nargs="+", required=True, metavar="KIND:FILE@IMAGES",
-                        help="data sets: coco:FILE@IMAGES, spin:FILE@IMAGES or lsp:DIR, several")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load pictures [2]")
-
-
-def run(argv: list[str] | None) -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m appendix.datasets", allow_abbrev=False,
                                      description="Train HMR on photographs, or measure it there.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("orders", help="table of the data sets' joint orders")
     one = commands.add_parser("train", help="training on photographs", allow_abbrev=False,
                               epilog="All other flags are train.py's: python train.py --help")
-    add_source(one)
-    one.add_argument("--mix", nargs="+", type=float, default=(), metavar="WEIGHT",
-                     help="weights of --data, one each (default: half 2D, half 3D, each by size)")
-    one.add_argument("--mocap", default="", metavar="DIR",
-                     help="AMASS folder for the adversary (default: the open clips)")
     two = commands.add_parser("measure", help="measures of a network on data sets with 3D labels",
                               allow_abbrev=False)
-    two.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's, or SPIN's published weights")
-    add_source(two)
-    two.add_argument("--smpl", default="", metavar="FILE", help="body file (default: the run's)")
-    two.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                     help="device [auto]")
-    two.add_argument("--joint-regressor", default="", metavar="FILE",
-                     help="J_regressor_h36m.npy, for the field's 14 joints")
-    two.add_argument("--smpl-genders", nargs=2, default=(), metavar=("MALE", "FEMALE"),
-                     help="body files of the two sexes, where the data tell them apart")
+    for add in (one.add_argument, two.add_argument):
+        add("--data", nargs="+", required=True, metavar="KIND:FILE@IMAGES",
+            help="data sets, one or several: coco:FILE@IMAGES, spin:FILE@IMAGES or lsp:DIR")
+        add("--workers", type=int, default=2, help="processes that load pictures, 0 to 64 [2]")
+    add = one.add_argument
+    add("--mix", nargs="+", type=float, default=(), metavar="WEIGHT",
+        help="weights of --data, one each (default: half 2D, half 3D, each by size)")
+    add("--mocap", default="", metavar="DIR",
+        help="AMASS folder for the adversary (default: the open clips)")
+    add("--mean-params", type=Path, metavar="FILE",
+        help="HMR's neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz, from which the "
+        "regressor starts (default: the body file's mean pose)")
+    add = two.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a run's checkpoint.pt, or SPIN's weights")
+    add("--smpl", default="", metavar="FILE", help="body file (default: the run's)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device [auto]")
+    add("--joint-regressor", default="", metavar="FILE",
+        help="J_regressor_h36m.npy, for the field's 14 joints")
+    add("--smpl-genders", nargs=2, default=(), metavar=("MALE", "FEMALE"),
+        help="body files of the two sexes, where the data tell them apart")
+    add("--out", type=Path, default=Path("out/measure"), metavar="DIR",
+        help="folder of metrics.json [out/measure]")
+    add("--result-file", type=Path, metavar="FILE.npz",
+        help="file for every person's pose, betas, camera, and joints in mm")
+    return parser
+
+
+def run(argv: list[str] | None) -> None:
+    parser = command_line()
     options, rest = parser.parse_known_args(argv)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "orders":
         return print_orders()
-    if options.workers < 0:
-        raise ValueError(f"--workers {options.workers}: expected 0 or more")
-    if options.command == "train":
-        if "--eval" in rest:
-            raise ValueError("--eval: measure on photographs by `python -m appendix.datasets "
-                             "measure CHECKPOINT --data ..`")
-        return train.run(rest, make_world=functools.partial(RealPeople, options=options))
-    model, _, config = load_network(options.checkpoint, options.smpl, options.device)
-    evaluate(model, config, options)
+    if not 0 <= options.workers <= 64:
+        raise ValueError(f"--workers {options.workers}: expected 0 to 64")
+    if options.command == "measure":
+        evaluate(load_network(options.checkpoint, options.smpl, options.device), options)
+        return None
+    if "--eval" in rest:
+        raise ValueError("--eval: measure on photographs by `python -m appendix.datasets measure "
+                         "CHECKPOINT --data ..`")
+    if options.mean_params and "--resume" in rest:
+        raise ValueError("--mean-params: --resume keeps the run's own start; leave it out")
+    return train.run(rest, functools.partial(RealPeople, options=options), theta_bar=(
+        options.mean_params and functools.partial(read_mean_params, options.mean_params)))
 
 
 def main(argv: list[str] | None = None) -> int:

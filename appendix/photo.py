@@ -1,14 +1,14 @@
-"""A photograph on the command line: the people in it as bodies; by a network, or by fitting alone.
+"""A photograph on the command line: the people in it as bodies; by fitting alone, or by a network.
 
-    python -m appendix.photo PHOTO.jpg --checkpoint runs/small/checkpoint.pt
-    python -m appendix.photo PHOTO.jpg --checkpoint FILE --bbox x,y,w,h        # one person's box
+    python -m appendix.photo PHOTO.jpg --fit                          # finds the people itself
+    python -m appendix.photo PHOTO.jpg --fit --keypoints FILE.json    # these people
     python -m appendix.photo PHOTO.jpg --checkpoint FILE --keypoints FILE.json --person 2
-    python -m appendix.photo PHOTO.jpg --keypoints FILE.json --fit             # no network
+    python -m appendix.photo PHOTO.jpg --checkpoint FILE --bbox x,y,w,h
 
 A network that was trained on drawn people is not expected to work on photographs.  FILE.json is a
-COCO annotation file (the photo is found by its name) or a list of 17 (COCO's order) or 19 rows
-x, y, visible.  In the folder --out: STEM.png, STEM.obj, STEM.json; _N before the ending for
-person N of several.
+COCO annotation file (the photo is found by its name), COCO results, OpenPose's output, or a list of
+17 (COCO's order) or 19 rows x, y, visible.  In the folder --out: STEM.png, STEM.obj, STEM.json; _N
+before the ending for person N of several; STEM_keypoints.json with the people that --fit found.
 
 Axes:  H, W pixels of the photo   19 keypoints   24 joints   B headings that a fit starts from
        N recorded bodies   L pixels of a square canvas
@@ -17,26 +17,32 @@ Photo: pixel i covers [i, i + 1), as everywhere here.  COCO's keypoints count wh
 """
 
 import argparse
+import hashlib
+import io
 import json
 import math
 import sys
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
-from torch import Tensor
-from torchvision.io import decode_image
+from torch import Tensor, nn
+from torchvision.models import detection
 from torchvision.transforms.v2 import functional as vision
 
 import data
 import train
 from appendix.ablate import draw_points
-from appendix.datasets import COCO_TO_19, cut_window, person_scale
-from appendix.spin import load_network
+from appendix.datasets import (COCO_NAMES, CONFIDENT, NOBODY, coco_person, cut_window, labelled,
+                               person_points, person_scale, read_json, read_mean_params,
+                               read_picture)
+from appendix.spin import Network, load_network
 from hmr import (CAM, HMR, POSE, Discriminator, HMROutput, discriminator_loss, mean_theta,
                  project)
-from smpl import SMPL, batch_rodrigues, exit_status, printable, save_obj, write_atomically
+from smpl import (KEYPOINT_NAMES, SMPL, batch_rodrigues, exit_status, load_tensors, plain_file,
+                  printable, require_finite, save_obj, say, write_atomically)
 
 # --------------------------------------------------------------------------------------------
 # 1. From the photo to the crop and back
@@ -49,9 +55,37 @@ class Window(NamedTuple):
     outside: str = "border"   # beyond the photo its edge is repeated (HMR), or "zeros" (SPIN)
 
 
-def cut(image: Tensor, window: Window, size: int) -> Tensor:
-    """image (3, H, W) -> crop (3, size, size), sampled as crop_person does."""
-    return cut_window(image, window.center, window.side, size, window.outside).clamp(0, 1)
+class Person(NamedTuple):
+    """One person of the photo: 2D keypoints, or a box alone."""
+    number: int               # from 1, in the file's order
+    keypoints: Tensor | None  # (19, 2) pixels of the photo
+    visible: Tensor           # (19,) 1 = labelled, occluded or not
+    box: Tensor | None        # (4,) x, y, w, h, if there are no keypoints
+
+
+# A person's box (of the skin) against the box of the 19 keypoints, from which training's crops are
+# made: its diagonal is longer by a factor of 1.13 (mean of 512 drawn people, upright clips) to 1.16
+# (all clips).  Clothes, skis and what else a photo's box holds make it larger still.
+BOX = 1.15
+
+
+def window_of(person: Person, crop: str = "official") -> Window:
+    """Where a person is cut out: as crop_person does; by a box, so that a person comes out as large.
+
+    crop "spin": as SPIN's demo does, the box's longer side, or 1.2 times the keypoints' about their
+    mean.  (SPIN also rounds the window to whole pixels.)
+    """
+    box = person.box
+    if person.keypoints is None:
+        middle = box[:2] + box[2:] / 2                                # (2,)
+        if crop == "spin":
+            return Window(middle, float(box[2:].max()), "zeros")
+        return Window(middle, 224 / data.CROPS[crop][0] * float(box[2:].norm()) / BOX)
+    seen = person.keypoints[person.visible > 0]                       # (n, 2)
+    low, high = seen.amin(0), seen.amax(0)                            # (2,) each
+    if crop == "spin":
+        return Window(seen.mean(0), 1.2 * float((high - low).max()), "zeros")
+    return Window((low + high) / 2, 224 / person_scale(person.keypoints, person.visible, crop))
 
 
 def to_photo(points: Tensor, window: Window) -> Tensor:
@@ -73,11 +107,6 @@ def camera_of_photo(cam: Tensor, window: Window) -> Tensor:
     return torch.cat([S, cam[:, 1:] + window.center / S], 1)          # (B, 3)
 
 
-def camera_of_crop(cam: Tensor, window: Window) -> Tensor:
-    """Undo `camera_of_photo`."""
-    return torch.cat([cam[:, :1] * 2 / window.side, cam[:, 1:] - window.center / cam[:, :1]], 1)
-
-
 def perspective(cam: Tensor, size: float) -> tuple[float, Tensor]:
     """The pinhole camera nearest to a weak-perspective one -> f in pixels, translation (3,).
 
@@ -90,30 +119,12 @@ def perspective(cam: Tensor, size: float) -> tuple[float, Tensor]:
     return f, torch.cat([cam[1:], 2 * f / (size * cam[:1])])          # (3,)
 
 
-# A person's box (of the skin) against the box of the 19 keypoints, from which training's crops are
-# made: its diagonal is longer by a factor of 1.13 (mean of 512 drawn people, upright clips) to 1.16
-# (all clips).  Clothes, skis and what else a photo's box holds make it larger still.
-BOX = 1.15
-
-
-def keypoint_window(keypoints: Tensor, visible: Tensor, crop: str = "official") -> Window:
-    """Where crop_person cuts: keypoints (19, 2) in the photo, visible (19,)."""
-    seen = keypoints[visible > 0]                                     # (n, 2)
-    return Window((seen.amin(0) + seen.amax(0)) / 2, 224 / person_scale(keypoints, visible, crop))
-
-
-def box_window(box: Tensor, crop: str = "official") -> Window:
-    """The window of a box (4,) = x, y, w, h in which its person is as large as in training."""
-    diagonal = float(box[2:].norm())
-    return Window(box[:2] + box[2:] / 2, 224 / data.CROPS[crop][0] * diagonal / BOX)
-
-
 # --------------------------------------------------------------------------------------------
 # 2. A body for 2D keypoints without an encoder: the paper's objective, Theta by gradient descent
 
-# The official code's weights are 60 and 1.  0.1 is ours, chosen with `train_discriminators` on 12
-# drawn people of the held-out clips: at 1 Theta is pulled away from what the points say, below 0.1
-# more and more joints leave the recorded range (appendix/README.md has the numbers).
+# The official code's weights are 60 and 1.  0.1 is our choice, made with `train_discriminators` on
+# 12 drawn people of the held-out clips: at 1 Theta is pulled away from what the points say, below
+# 0.1 more and more joints leave the recorded range (appendix/README.md has the numbers).
 WEIGHT_ADV = 0.1
 
 
@@ -126,19 +137,19 @@ class Fit(NamedTuple):
     heading: Tensor           # (B,) degrees that the person was turned by at the start
 
 
-def fit(model: HMR, D: Discriminator, target: Tensor, visible: Tensor,
+def fit(model: HMR, D: Discriminator, target: Tensor, visible: Tensor, start: Tensor,
         weight_adv: float = WEIGHT_ADV, headings: int = 8, steps: int = 300) -> Fit:
     """min over Theta of 60 L_reproj + weight_adv L_adv, from several headings, all at once.
 
-    target (19, 2) in [-1, 1] of the crop, visible (19,).  Eq. (1) without 3D and without an
-    encoder, D held fixed.  From Theta-bar, turned about the vertical and moved onto the keypoints'
-    box; in 6D, since an axis-angle has seams.
+    target (19, 2) in [-1, 1] of the crop, visible (19,), start (1, 157): Theta-bar in 6D, since an
+    axis-angle has seams.  Eq. (1) without 3D and without an encoder, D held fixed.  Theta-bar is
+    turned about the vertical and moved onto the keypoints' box.
     """
     visible, weight_kp = (visible > 0).float(), train.Config.weight_kp
-    angle = torch.arange(headings) * 2 * math.pi / headings           # (B,)
-    turn = batch_rodrigues(angle[:, None] * torch.tensor([0.0, 1, 0]))            # (B, 3, 3)
-    theta = mean_theta(model.smpl.mean_pose, "6d").repeat(headings, 1)            # (B, 157)
-    root = batch_rodrigues(torch.tensor([math.pi, 0, 0])) @ turn      # (B, 3, 3) heading, upright
+    angle = torch.arange(headings, device=start.device) * 2 * math.pi / headings  # (B,)
+    turn = batch_rodrigues(angle[:, None] * start.new_tensor([0, 1, 0]))          # (B, 3, 3)
+    theta = start.repeat(headings, 1)                                 # (B, 157)
+    root = batch_rodrigues(start.new_tensor([math.pi, 0, 0])) @ turn  # (B, 3, 3) heading, upright
     theta[:, POSE][:, :6] = root[..., :2].flatten(1)                  # interleaved 6D
     points = model.decode(theta).keypoints3d[..., :2]                 # (B, 19, 2)
     (low, high), (there_low, there_high) = (
@@ -156,7 +167,7 @@ def fit(model: HMR, D: Discriminator, target: Tensor, visible: Tensor,
         return weight_kp * L_kp + weight_adv * L_adv, L_kp, L_adv
 
     cycle = train.Config(schedule="onecycle", steps=steps)
-    optimizer = torch.optim.Adam([theta], lr=0.03)                    # ours
+    optimizer = torch.optim.Adam([theta], lr=0.03)                    # our choice
     D.requires_grad_(False)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.03 * train.lr_factor(step, cycle)
@@ -176,26 +187,26 @@ def spoil(rotmats: Tensor, betas: Tensor, rng: torch.Generator) -> tuple[Tensor,
     Every body by its own measure, between none and a radian (three standard deviations of betas),
     and only a share of its joints: what lies near the recorded poses must count as well.
     """
-    N = len(betas)
-    share, measure = torch.rand(2, N, 1, 1, generator=rng)            # (N, 1, 1) each
-    turned = torch.rand(N, 23, 1, generator=rng) < share              # (N, 23, 1)
-    turn = measure * turned * torch.randn(N, 23, 3, generator=rng)    # (N, 23, 3) axis-angle
-    beta_noise = 3 * torch.rand(N, 1, generator=rng) * torch.randn(N, 10, generator=rng)
+    N, at = len(betas), {"generator": rng, "device": betas.device}
+    share, measure = torch.rand(2, N, 1, 1, **at)                     # (N, 1, 1) each
+    turned = torch.rand(N, 23, 1, **at) < share                       # (N, 23, 1)
+    turn = measure * turned * torch.randn(N, 23, 3, **at)             # (N, 23, 3) axis-angle
+    beta_noise = 3 * torch.rand(N, 1, **at) * torch.randn(N, 10, **at)            # (N, 10)
     return rotmats @ batch_rodrigues(turn), betas + beta_noise
 
 
 def train_discriminators(smpl: SMPL, steps: int = 1000, N: int = 96) -> Discriminator:
     """The paper's 25 discriminators, trained anew for `fit`, on all training clips.
 
-    Ours: the fakes are not an encoder's but `spoil`'s.  Those of a checkpoint know one encoder's
-    mistakes on seven clips; under them Theta finds poses that the encoder never made, where D is
-    wrong.  Here what is near recorded motion is real, and the farther from it, the less so.
+    Our choice: the fakes are not an encoder's but `spoil`'s.  Those of a checkpoint know one
+    encoder's mistakes on seven clips; under them Theta finds poses that the encoder never made,
+    where D is wrong.  Here what is near recorded motion is real, and the farther from it, the less.
     """
     world = data.SyntheticPeople(smpl, data.load_mocap(False, False), 2, 2, seed=18)
     cycle = train.Config(schedule="onecycle", steps=steps)
     with torch.random.fork_rng():                                     # the same every time
         torch.manual_seed(18)
-        D = Discriminator()
+        D = Discriminator().to(world.device)
     optimizer = torch.optim.Adam(D.parameters(), lr=1e-3, fused=True)
     for step in range(steps):
         rotmats, betas = world.motion(2 * N, step)                    # (2N, 23, 3, 3), (2N, 10)
@@ -206,134 +217,211 @@ def train_discriminators(smpl: SMPL, steps: int = 1000, N: int = 96) -> Discrimi
         loss.backward()
         optimizer.step()
         if (step + 1) % 200 == 0:
-            print(f"  {step + 1:5d} of {steps}: loss_D {loss.item():.2f} (25 if D says 0)",
-                  flush=True)
+            say(f"  {step + 1:5d} of {steps}: loss_D {loss.item():.2f} (25 if D says 0)")
     return D
 
 
-# ============================================================================================
-# Not needed to understand HMR: reading photos and keypoints, pictures and files, the command line.
-
-FEWEST = 6                    # labelled points of a person (Sec. 4: others are left out)
-
-
-class Person(NamedTuple):
-    number: int               # from 1, in the file's order
-    keypoints: Tensor         # (19, 2) pixels of the photo
-    visible: Tensor           # (19,) 1 = labelled, occluded or not
-    box: Tensor               # (4,) x, y, w, h: the file's, else the labelled points'
-
-
-def read_photo(path: Path) -> Tensor:
-    """A JPEG or PNG, grey, 16-bit or with alpha (dropped), turned as its EXIF says -> (3, H, W)
-    RGB in [0, 1].  Raises FileNotFoundError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such photo; name a JPEG or PNG file")
+def kept_discriminators(smpl: SMPL, **settings) -> Discriminator:
+    """`train_discriminators`, once: kept in torch's cache under a name made of body and clips."""
+    key = hashlib.sha256(repr((smpl.sha256, settings)).encode() + data.MOCAP.read_bytes())
+    path, file = Path(torch.hub.get_dir()) / f"hmr_D_{key.hexdigest()[:16]}.pt", io.BytesIO()
     try:
-        content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-        image = decode_image(content, mode="RGB", apply_exif_orientation=True)
-    except (RuntimeError, ValueError):      # ValueError: an empty file
-        raise ValueError(f"{path}: not a readable JPEG or PNG; it may be truncated") from None
-    return vision.to_dtype(image, torch.float32, scale=True)          # (3, H, W)
-
-
-def read_rows(rows, box=None, number: int = 1) -> Person:
-    """17 rows x, y, v in COCO's order, or 19 in this project's, in whole pixels -> Person."""
-    try:
-        table = torch.tensor(rows, dtype=torch.float32)               # (17 or 19, 3)
-        box = None if box is None else torch.tensor(box, dtype=torch.float32)     # (4,)
-    except (TypeError, ValueError, RuntimeError):
-        table, box = torch.zeros(0), None
-    if table.shape not in ((17, 3), (19, 3)) or not table.isfinite().all() or not (
-            box is None or box.shape == (4,) and box.isfinite().all() and (box[2:] > 0).all()):
-        raise ValueError("expected 17 (COCO's order) or 19 rows of three numbers x, y, visible, "
-                         "and a bbox of x, y, w, h if any")
-    if len(table) == 17:                    # COCO has no neck and no top of the head: not labelled
-        table = torch.cat([table, torch.zeros(1, 3)])[COCO_TO_19]     # (19, 3)
-    visible = (table[:, 2] > 0).float()     # COCO's 1, labelled but hidden, counts as 2 does
-    keypoints = (table[:, :2] + 0.5) * visible[:, None]               # (19, 2)
-    if box is None and visible.any():
-        seen = keypoints[visible > 0]                                 # (n, 2)
-        box = torch.cat([seen.amin(0), seen.amax(0) - seen.amin(0)])  # (4,)
-    return Person(number, keypoints, visible, box)
-
-
-def read_keypoints(path: Path, photo: Path, extent: tuple[int, int],
-                   only: int | None = None) -> list[Person]:
-    """The people of one photo (extent = W, H) in a COCO annotation file, or of a plain list.
-
-    Crowds do not count; people of fewer than 6 labelled points, or of under 5
-    pixels, are named and left out.  only: the
-    number of one person.  Raises FileNotFoundError or ValueError.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"--keypoints {path}: no such file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"--keypoints {path}: not JSON; it may be truncated") from None
-    try:
-        if isinstance(content, list):
-            people = [read_rows(content)]
-        else:
-            people = coco_people(content, photo.name, extent)
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"--keypoints {path}: neither COCO's person keypoints nor a list of 17 or "
-                         f"19 rows x, y, visible") from None
-    except ValueError as error:
-        raise ValueError(f"--keypoints {path}: {error}") from None
-    if only is not None and not 1 <= only <= len(people):
-        raise ValueError(f"--person {only}: {path} has {len(people)} of this photo")
-    kept = []
-    for person in people if only is None else [people[only - 1]]:
+        D, state = Discriminator(), load_tensors(path)
+        require_finite(state, str(path))
+        D.load_state_dict(state)
+        say(f"25 discriminators of {path}")
+    except (ValueError, OSError, RuntimeError):                       # not there yet, or broken
+        say("25 discriminators are trained once, on recorded motion against the same with noise "
+            "(our choice):")
+        D = train_discriminators(smpl, **settings)
+        torch.save(D.state_dict(), file)
         try:
-            if person.visible.sum() < FEWEST:
-                raise ValueError(f"{int(person.visible.sum())} labelled points, {FEWEST} needed")
-            person_scale(person.keypoints, person.visible)            # raises for a few pixels
-            kept.append(person)
-        except ValueError as error:
-            print(f"person {person.number} is left out: {error}")
-    if not kept:
-        raise ValueError(f"--keypoints {path}: nobody with {FEWEST} labelled points who is 5 "
-                         f"pixels large; give --bbox")
-    return kept
+            write_atomically(path, file.getvalue())
+        except OSError as error:                                      # a cache is no condition
+            say(f"not kept: {error}")
+    return D.to(smpl.v_template.device)
 
 
-def coco_people(content: dict, name: str, extent: tuple[int, int]) -> list[Person]:
-    """A COCO annotation file's people of the picture called `name`, in the file's order."""
-    images = [i for i in content["images"] if PurePosixPath(i["file_name"]).name == name]
+# --------------------------------------------------------------------------------------------
+# 3. Who is in the photo: torchvision's detector, or a file of keypoints
+
+SURE, POINT_SCORE = 0.9, 2.0      # of a person; of a point, the logit of its place (our choice)
+
+
+def load_detector(device: str) -> nn.Module:
+    """torchvision's Keypoint R-CNN with COCO's weights, downloaded once.  Raises ValueError."""
+    weights = detection.KeypointRCNN_ResNet50_FPN_Weights.COCO_V1
+    network = detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    try:
+        network.load_state_dict(train.downloaded(
+            weights, "--fit", "or name the people's keypoints by --keypoints FILE.json"))
+    except (RuntimeError, AttributeError):
+        raise ValueError(f"--fit: torchvision's cache holds other weights under the name of "
+                         f"{weights.url}; delete them, or give --keypoints FILE.json") from None
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0                    # as torchvision has it with these weights
+    return network.eval().to(device)
+
+
+def detect(network: nn.Module, image: Tensor, name: str) -> dict:
+    """The people in a photo (3, H, W) as COCO's annotation file has them, surest first."""
+    with torch.inference_mode():
+        found = {key: x.cpu() for key, x in network([image])[0].items()}
+    annotations = []
+    for box, score, points, sure in zip(*(found[key] for key in (
+            "boxes", "scores", "keypoints", "keypoints_scores"))):
+        if score >= SURE:
+            rows = torch.cat([points[:, :2], 2 * (sure > POINT_SCORE)[:, None]], 1)     # (17, 3)
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": 1, "category_id": 1, "iscrowd": 0,
+                "score": round(score.item(), 4), "keypoints": rows.flatten().tolist(),
+                "bbox": torch.cat([box[:2], box[2:] - box[:2]]).tolist()})
+    return {"images": [{"id": 1, "file_name": name, "width": image.shape[2],
+                        "height": image.shape[1]}], "annotations": annotations,
+            "categories": [{"id": 1, "name": "person", "keypoints": COCO_NAMES}]}
+
+
+# OpenPose's neck is the shoulders' middle, LSP's is higher: it has a name of its own.
+OPENPOSE = ("nose", "neck_openpose", "right_shoulder", "right_elbow", "right_wrist",
+            "left_shoulder", "left_elbow", "left_wrist", "mid_hip", "right_hip", "right_knee",
+            "right_ankle", "left_hip", "left_knee", "left_ankle", "right_eye", "left_eye",
+            "right_ear", "left_ear", *("foot",) * 6)
+# The order of rows x, y, visible that have no names, by their number.
+ORDERS = {17: COCO_NAMES, 19: KEYPOINT_NAMES, 25: OPENPOSE,
+          18: [name for name in OPENPOSE[:19] if name != "mid_hip"]}
+
+
+def annotations_of(content, photo: Path) -> tuple[list, dict, tuple[int, int] | None]:
+    """What a keypoint file says of one photo -> COCO's annotations, their points' names as of
+    `person_points`, and the size of the labelled picture, if it is said.
+
+    Raises ValueError for a photo that is not in the file, any other error for an unknown layout.
+    """
+    if isinstance(content, list) and content and isinstance(content[0], dict):    # COCO results
+        ids = {row["image_id"] for row in content}
+        ids = ids if len(ids) == 1 else {n for n in ids if str(n) == photo.stem.lstrip("0")}
+        content = {"images": [{"id": n, "file_name": photo.name} for n in ids],
+                   "annotations": content}
+    if isinstance(content, list) or "people" in content:
+        people = [content] if isinstance(content, list) else [                    # OpenPose
+            one.get("pose_keypoints_2d") or one["pose_keypoints"] for one in content["people"]]
+        rows = [{"keypoints": [x + 0.0 for x in np.array(one, object).ravel()]} for one in people]
+        if isinstance(content, dict):                   # some of its confidences exceed 1 a little
+            for row in rows:
+                row["keypoints"][2::3] = [min(x, 1) for x in row["keypoints"][2::3]]
+        return rows, {"1": ORDERS[len(rows[0]["keypoints"]) // 3]} if rows else {}, None
+    ends = [common_end(image["file_name"], photo) for image in content["images"]]
+    images = [image for image, n in zip(content["images"], ends) if n == max(ends) > 0]
     if len(images) != 1:
-        raise ValueError(f"{len(images)} of its images are called {name}; expected one")
-    size = tuple(images[0].get(key, ours) for key, ours in zip(("width", "height"), extent))
-    if size != extent:
-        raise ValueError(f"it was made on {name} of {size[0]} x {size[1]} pixels, the photo has "
-                         f"{extent[0]} x {extent[1]}; name the same picture")
-    found = [a for a in content["annotations"]
-             if a["image_id"] == images[0]["id"] and not a.get("iscrowd")]
-    people = []
-    for number, one in enumerate(found, 1):
-        flat = one["keypoints"]
-        people.append(read_rows([flat[i:i + 3] for i in range(0, len(flat), 3)], one.get("bbox"),
-                                number))
-    return people
+        raise ValueError(f"{len(images)} of its images are called {photo.name}; expected one")
+    (one,), size = images, (images[0].get("width"), images[0].get("height"))
+    return ([row for row in content["annotations"] if row["image_id"] == one["id"]],
+            person_points(content), size if all(size) else None)
 
 
-def parse_box(text: str, extent: tuple[int, int]) -> Tensor:
+def common_end(name: str, photo: Path) -> int:
+    """How many last parts of two paths are the same."""
+    parts = PurePosixPath(name).parts[::-1]
+    same = [a == b for a, b in zip(parts, photo.absolute().parts[::-1])]
+    return [*same, False].index(False)
+
+
+def people_of(content, what: str, photo: Path,
+              only: int | None) -> tuple[Tensor, list[Person], bool]:
+    """The photo (3, H, W) in [0, 1], its people by a keypoint file's content, are there several?
+
+    They are numbered in the file's order, without crowds and animals.  Who has fewer than 6
+    labelled points (Sec. 4), is smaller than 5 pixels or outside the photo is named and left out.
+    what: the file, for messages.  Raises FileNotFoundError, ValueError.
+    """
+    try:
+        rows, names, size = annotations_of(content, photo)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError):
+        raise ValueError(f"{what}: neither COCO's person keypoints or results, nor OpenPose's "
+                         f"output, nor 17 (COCO's order) or 19 rows of three numbers x, y, visible"
+                         ) from None
+    image = read_picture(photo, size, turn=True).float() / 255        # (3, H, W)
+    people, number = [], 0
+    for row in rows:
+        number += 1
+        try:
+            person = person_of(number, coco_person(row, names)[0], image)
+            people += [person] if only in (None, number) else []
+        except ValueError as error:
+            if error.args == (NOBODY,):
+                number -= 1
+            elif only in (None, number):
+                say(printable(f"person {number} is left out: {', '.join(error.args)}"))
+    if only is not None and not 1 <= only <= number:
+        raise ValueError(f"--person {only}: {what} has {number} of this photo")
+    if not people:
+        raise ValueError(f"{what}: nobody with 6 labelled points who is 5 pixels large and inside "
+                         f"the photo; give --bbox")
+    return image, people, number > 1
+
+
+def person_of(number: int, rows: np.ndarray, image: Tensor) -> Person:
+    """rows (19, 3) x, y, visible in whole pixels -> Person.  Raises ValueError: who is left out."""
+    seen = labelled(rows[:, 2]) & (np.abs(rows) < 1e6).all(1)         # (19,) NaN is not below
+    if seen.sum() < 6:
+        raise ValueError(f"{seen.sum()} labelled points, 6 needed (confidences below {CONFIDENT} "
+                         f"do not count)")
+    points = torch.from_numpy(np.where(seen[:, None], rows[:, :2] + 0.5, 0)).float()      # (19, 2)
+    visible, (H, W) = torch.from_numpy(seen).float(), image.shape[1:]
+    person_scale(points, visible)                                     # raises for a few pixels
+    if (points[seen].amax(0) < 0).any() or not (points[seen].amin(0) < torch.tensor([W, H])).all():
+        raise ValueError(f"all points lie outside the photo of {W} x {H} pixels")
+    return Person(number, points, visible, None)
+
+
+def parse_box(text: str, W: int, H: int) -> Tensor:
     """x,y,w,h -> (4,).  Raises ValueError."""
     try:
-        box = torch.tensor([float(number) for number in text.split(",")])         # (4,)
-        x, y, w, h = box.tolist()
+        x, y, w, h = (float(number) for number in text.split(","))
     except ValueError:
         raise ValueError(f"--bbox {text}: expected four numbers x,y,w,h") from None
-    if not (box.isfinite().all() and min(w, h) > 0 and math.hypot(w, h) >= 5):
+    if not (min(w, h) > 0 and 5 <= math.hypot(x, y, w, h) < math.inf and math.hypot(w, h) >= 5):
         raise ValueError(f"--bbox {text}: expected a box of at least 5 pixels")
-    if x >= extent[0] or y >= extent[1] or x + w <= 0 or y + h <= 0:
-        raise ValueError(f"--bbox {text}: outside the photo of {extent[0]} x {extent[1]} pixels")
-    return box
+    if x >= W or y >= H or x + w <= 0 or y + h <= 0:
+        raise ValueError(f"--bbox {text}: outside the photo of {W} x {H} pixels")
+    return torch.tensor([x, y, w, h])                                 # (4,)
 
+
+def find_people(args: argparse.Namespace, device: str) -> tuple[Tensor, list[Person], bool]:
+    """The photo (3, H, W), the people in it, are there several?"""
+    if args.keypoints:
+        content = read_json(args.keypoints, "a file of keypoints, see --help")
+        return people_of(content, f"--keypoints {args.keypoints}", args.photo, args.person)
+    image = read_picture(args.photo, turn=True).float() / 255         # (3, H, W)
+    if not args.fit:
+        if not args.bbox:
+            say("no --bbox and no --keypoints: the whole photo is taken for one person")
+        H, W = image.shape[1:]
+        box = parse_box(args.bbox or f"0,0,{W},{H}", W, H)            # (4,)
+        return image, [Person(1, None, torch.zeros(19), box)], False
+    found = detect(load_detector(device), image.to(device), args.photo.name)
+    scores = [f"{row['score']:.3f}" for row in found["annotations"]]
+    if not scores:
+        raise ValueError(f"{args.photo}: the detector finds no people of a score of {SURE} or more; "
+                         f"name their keypoints by --keypoints FILE.json")
+    path = args.out / f"{args.photo.stem}_keypoints.json"
+    say(f"found by torchvision's Keypoint R-CNN: {len(scores)}, scores {', '.join(scores)}")
+    text = json.dumps(found, indent=1, allow_nan=False).encode()
+    if path.exists() and plain_file(path, "a file of keypoints").read_bytes() != text:
+        raise ValueError(f"{path}: holds other keypoints; give them back by --keypoints, or delete "
+                         f"the file")
+    write_atomically(path, text)
+    return people_of(found, str(path), args.photo, args.person)
+
+
+# ============================================================================================
+# Not needed to understand HMR: pictures and files, the command line.
 
 def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
-           person: Person | None) -> Tensor:
+           person: Person) -> Tensor:
     """input | overlay in the full photo | turned by 90 | by 180 degrees -> (3, h, w).
 
     body: of one person.  The loss's own camera draws it.  Circles: the given keypoints, on the
@@ -350,13 +438,12 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
     S, t = camera_of_photo(body.cam, window).split([1, 2], 1)         # (1, 1), (1, 2)
     s = 2 * factor * S / L                                            # (1, 1)
     overlay = data.draw_mesh(body.vertices, faces, torch.cat([s, t - 1 / s], 1), L, canvas[None])[0]
-    radius = max(2.0, h / 150)
-    if person is not None:
-        seen = person.visible > 0                                     # (19,)
+    radius, seen = max(2.0, h / 150), person.visible > 0              # (19,)
+    if person.keypoints is not None:
         given = on_canvas(person.keypoints[seen]), (1.0, 1, 1), 1.6 * radius, False
         canvas, overlay = (draw_points(x, *given) for x in (canvas, overlay))
         overlay = draw_points(overlay, on_canvas(to_photo(body.keypoints2d[0, seen], window)),
-                                   radius=radius)
+                              radius=radius)
     turned = [data.side_view(body.vertices)]                          # (1, V, 3)
     turned.append(data.side_view(turned[0]))
     low, high = (torch.stack([f(x, 1)[:, :2] for x in turned]) for f in (torch.amin, torch.amax))
@@ -366,26 +453,7 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
     return torch.cat([canvas[:, :h, :w], overlay[:, :h, :w], *views], 2)
 
 
-def sheet(crop: Tensor, model: HMR, fits: list[Fit], target: Tensor, visible: Tensor) -> Tensor:
-    """All that a fit found, best first, a row a heading: overlay | turned 90 | 180 degrees; the
-    fits side by side -> (3, B * 224, ..)."""
-    columns, seen = [], visible > 0
-    for found in fits:
-        body = model.decode(found.theta, vertices=True)
-        turned = data.side_view(body.vertices)
-        background = torch.nn.functional.interpolate(crop[None], (224, 224), mode="bilinear")
-        overlay = data.draw_mesh(body.vertices, model.smpl.faces, body.cam, 224,
-                                 background.expand(len(turned), -1, -1, -1))
-        overlay = [draw_points(draw_points(o, target[seen], (1, 1, 1), 3, False), k[seen])
-                   for o, k in zip(overlay, body.keypoints2d)]
-        views = [list(data.draw_mesh(v, model.smpl.faces, body.cam, 224))
-                 for v in (turned, data.side_view(turned))]
-        columns += [torch.cat(part, 1) for part in (overlay, *views)]
-    return torch.cat(columns, 2)
-
-
-def describe(body: HMROutput, smpl: str, window: Window, size: int, photo: str,
-             image: Tensor) -> dict:
+def describe(body: HMROutput, smpl: str, window: Window, size: int, image: Tensor) -> dict:
     """STEM.json: one body in numbers.  Camera frame (x right, y down, z away), metres; pixel i of
     the photo covers [i, i + 1), the crop is [-1, 1] in both directions."""
     f, translation = perspective(body.cam[0], size)
@@ -393,7 +461,7 @@ def describe(body: HMROutput, smpl: str, window: Window, size: int, photo: str,
     crop = {name: project(x, body.cam)[0] for name, x in points.items()}          # (24 or 19, 2)
     rotmats = body.rotmats[0].double().numpy()                        # (24, 3, 3)
     return {
-        "photo": printable(photo), "body": smpl, "photo_pixels": [image.shape[2], image.shape[1]],
+        "body": smpl, "photo_pixels": [image.shape[2], image.shape[1]],
         "crop_pixels": size, "window": {"center": window.center.tolist(), "side": window.side},
         # s, tx, ty: s (X + t) is in [-1, 1] of the crop; in the photo's pixels
         "camera": {"crop": body.cam[0].tolist(),
@@ -408,119 +476,139 @@ def describe(body: HMROutput, smpl: str, window: Window, size: int, photo: str,
         **{f"{name}2d_photo": to_photo(x, window).tolist() for name, x in crop.items()}}
 
 
-def network(args: argparse.Namespace) -> tuple[HMR, Discriminator | None, int, str]:
-    """-> what decodes (and unless --fit sees), discriminators, its crop's size and kind."""
+def network_of(args: argparse.Namespace) -> Network:
+    """What decodes, and unless --fit sees; with its discriminators."""
     if args.checkpoint:
-        model, D, config = load_network(args.checkpoint, args.smpl, "cpu")
-        if args.fit and (D is None or not config.adv):
+        network = load_network(args.checkpoint, args.smpl, args.device)
+        if args.fit and not (network.D and network.config.adv):
             raise ValueError(f"--checkpoint {args.checkpoint}: holds no trained discriminators; "
                              f"leave it out, and --fit trains some")
-        if not args.fit and not hasattr(model, "crop"):
-            print("a network trained on drawn people is not expected to work on photographs")
-        return model, D, config.size, config.crop
-    if not args.fit:
-        raise ValueError("--checkpoint: none named; `python train.py --small` makes "
-                         "runs/small/checkpoint.pt in some 10 minutes, --fit needs none")
-    model = HMR(SMPL(args.smpl), depth=18, rotation="6d").eval()      # only its `decode` is used
-    print("25 discriminators, trained on recorded motion against the same with noise (ours):")
-    return model, train_discriminators(model.smpl), 224, "official"
+        if not args.fit and network.world == data.SyntheticPeople.name:
+            say("a network trained on drawn people is not expected to work on photographs")
+        return network
+    config = train.settle(train.Config(device=args.device, rotation="6d"))
+    smpl = SMPL(args.smpl).to(config.device)
+    model = HMR(smpl, depth=18, rotation="6d").to(config.device).eval()   # only `decode` is used
+    return Network(model, kept_discriminators(smpl), config, "official", "no pictures")
 
 
-def find(model: HMR, crop: Tensor, window: Window, person: Person | None,
-         D: Discriminator | None) -> tuple[Tensor, list[Fit]]:
-    """One person's Theta (1, 85 or 157), and beside it what a fit found with and without L_adv.
+def fit_and_print(network: Network, person: Person, window: Window, start: Tensor,
+                  weight: float) -> Fit:
+    """One person's fit.  Printed are README's columns: of the bodies' plausibility, the last two of
+    train.py's table."""
+    target = to_crop(person.keypoints, window).to(start.device)       # (19, 2)
+    found = fit(network.model, network.D, target, person.visible.to(start.device), start, weight)
+    recorded = train.recorded_rotations(train.Config(), start.device)             # (2M, 23, 9)
+    odd = train.monstrosity(network.model.decode(found.theta), recorded)
+    say(f"person {person.number} {f'+ {weight} L_adv':12s}{'60 L_reproj':>12s}{'L_adv':>8s}"
+        f"{'px an axis':>12s}{'outside %':>11s}{'mocap deg':>11s}   heading at the start")
+    for row in zip(60 * found.L_kp, found.L_adv, 112 * found.L_kp, odd["outside"].mean(1),
+                   odd["mocap"], found.heading):
+        say("{:33.3f}{:8.2f}{:12.2f}{:11.0f}{:11.0f}{:9.0f}".format(*(x.item() for x in row)))
+    return found
 
-    Printed: README's columns; of the bodies' plausibility, the last two of train.py's table."""
-    if D is None:
+
+def show(args: argparse.Namespace, network: Network, image: Tensor, person: Person, start: Tensor,
+         stem: str, origin: dict) -> None:
+    """One person: find Theta, decode it, write what came out.  Raises LookupError for no body."""
+    model, size = network.model, network.config.size
+    window, numbers, drawn = window_of(person, network.crop), {}, []
+    if args.fit:
+        fits = [fit_and_print(network, person, window, start, weight)
+                for weight in (WEIGHT_ADV, 0.0)[:1 + args.sheet]]
+        thetas = [found.theta[:1] for found in fits]
+        numbers = {"fit": {key: getattr(fits[0], key)[0].item() for key in Fit._fields[1:]}}
+    else:
+        crop = cut_window(image, window.center, window.side, size, window.outside).clamp(0, 1)
         with torch.inference_mode():
-            return model(crop[None])[0][-1], []
-    target = to_crop(person.keypoints, window)                        # (19, 2)
-    recorded, fits = train.recorded_rotations(train.Config(), "cpu"), []          # (2M, 23, 9)
-    for title, weight in ((f"+ {WEIGHT_ADV} L_adv", WEIGHT_ADV), ("without it", 0.0)):
-        found = fit(model, D, target, person.visible, weight)
-        print(f"{title:12s}{'60 L_reproj':>12s}{'L_adv':>8s}{'px an axis':>12s}{'outside %':>11s}"
-              f"{'mocap deg':>11s}   heading at the start")
-        odd = train.monstrosity(model.decode(found.theta), recorded)
-        for row in zip(found.L_kp, found.L_adv, odd["outside"].mean(1), odd["mocap"],
-                       found.heading):
-            kp, adv, outside, mocap, heading = (x.item() for x in row)
-            print(f"{'':12s}{60 * kp:12.3f}{adv:8.2f}{112 * kp:12.2f}{outside:11.0f}{mocap:11.0f}"
-                  f"{heading:9.0f}")
-        fits.append(found)
-    return fits[0].theta[:1], fits
-
-
-def run(args: argparse.Namespace) -> None:
-    image = read_photo(args.photo)                                    # (3, H, W)
-    H, W = image.shape[1:]
-    if args.fit and not args.keypoints:
-        raise ValueError("--fit: fits a body to 2D keypoints; name them by --keypoints FILE.json")
-    if args.person is not None and not args.keypoints:
-        raise ValueError(f"--person {args.person}: one of --keypoints' people; name that file")
-    people = read_keypoints(args.keypoints, args.photo, (W, H), args.person) if args.keypoints \
-        else [None]
-    box = parse_box(args.bbox or f"0,0,{W},{H}", (W, H))              # (4,) default: all of it
-    stems = [args.photo.stem + (f"_{p.number}" if len(people) > 1 else "") for p in people]
-    outputs = [args.out / (stem + end) for stem in stems
-               for end in (".png", ".obj", ".json", "_fits.png")]
-    if any(path.exists() and path.samefile(given) for path in outputs
-           for given in (args.photo, args.keypoints) if given):
-        raise ValueError(f"--out {args.out}: a result would take the place of the photo or its "
-                         f"keypoints; name another folder")
-    model, D, size, kind = network(args)
-    for person, stem in zip(people, stems):
-        if hasattr(model, "crop"):                                    # SPIN's
-            window = Window(*model.crop(box if person is None else person.box))
-        elif person is not None:
-            window = keypoint_window(person.keypoints, person.visible, kind)
-        else:
-            window = box_window(box, kind)
-        crop = cut(image, window, size)                               # (3, size, size)
-        theta, fits = find(model, crop, window, person, D if args.fit else None)
-        save(args, model, image, window, person, theta, fits, crop, stem)
-
-
-@torch.inference_mode()
-def save(args: argparse.Namespace, model: HMR, image: Tensor, window: Window,
-         person: Person | None, theta: Tensor, fits: list[Fit], crop: Tensor, stem: str) -> None:
-    """Decode Theta (1, 85 or 157) and write what came out."""
-    body = model.decode(theta, vertices=True)
-    if not theta.isfinite().all() or body.cam[0, 0] <= 1e-3:
-        raise ValueError(f"{args.photo}: no body found (camera scale {body.cam[0, 0]:.3g}); "
-                         f"train longer, or name the person by --bbox or --keypoints")
-    numbers = describe(body, model.smpl.name, window, crop.shape[-1], args.photo.name, image)
-    picture = panels(image, body, model.smpl.faces, window, person)
-    if fits:
-        numbers["fit"] = {key: getattr(fits[0], key)[0].item() for key in Fit._fields[1:]}
-        monster = model.decode(fits[1].theta[:1], vertices=True)
-        below = panels(image, monster, model.smpl.faces, window, person)
-        picture = torch.cat([picture, below], 1)                      # with L_adv | without, below
-        target = to_crop(person.keypoints, window)                    # (19, 2)
-        data.save_png(args.out / f"{stem}_fits.png",
-                      sheet(crop, model, fits, target, person.visible))
-    data.save_png(args.out / f"{stem}.png", picture)
+            thetas = [model(crop[None].to(start.device))[0][-1]]      # (1, 85 or 157)
+    for theta in reversed(thetas):                      # the last one drawn is the one that is kept
+        with torch.inference_mode():
+            body = HMROutput(*(x.cpu() for x in model.decode(theta, vertices=True)))
+        if not body.vertices.abs().max() < 1e6 or not 1e-3 < body.cam[0, 0] < 1e6:  # NaN, too
+            raise LookupError(f"no body found (camera scale {body.cam[0, 0]:.3g})")
+        drawn.insert(0, panels(image, body, model.smpl.faces.cpu(), window, person))
+    numbers = origin | describe(body, model.smpl.name, window, size, image) | numbers
+    data.save_png(args.out / f"{stem}.png", drawn[0])
+    if args.sheet:
+        data.save_png(args.out / f"{stem}_fits.png", torch.cat(drawn, 1))
     # y up, as modelling programs expect: half a turn about x
     save_obj(args.out / f"{stem}.obj", body.vertices[0] * torch.tensor([1.0, -1, -1]),
              model.smpl.faces)
-    write_atomically(args.out / f"{stem}.json", json.dumps(numbers, indent=1).encode())
-    print(f"wrote {printable(args.out / stem)}.png, .obj, .json" + ", _fits.png" * bool(fits))
+    write_atomically(args.out / f"{stem}.json",
+                     json.dumps(numbers, indent=1, allow_nan=False).encode())
+    say(f"wrote {printable(args.out / stem)}.png, .obj, .json" + ", _fits.png" * args.sheet)
+
+
+def require_free(args: argparse.Namespace, stems: list[str], origin: dict) -> None:
+    """Raises ValueError if a result would take the place of anything but the same photo's."""
+    for stem in stems:
+        try:
+            old = read_json(args.out / f"{stem}.json", "numbers")["photo_sha256"]
+        except (OSError, ValueError, LookupError, TypeError):
+            old = None
+        for end in (".json", ".png", ".obj", "_fits.png"):
+            if old != origin["photo_sha256"] and (args.out / (stem + end)).exists():
+                raise ValueError(f"--out {args.out}: {stem}{end} there is not of this photo; name "
+                                 f"another folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.fit and not args.checkpoint:
+        raise ValueError("--checkpoint: none named; `python train.py --small` makes "
+                         "runs/small/checkpoint.pt in some 10 minutes, --fit needs none")
+    if args.fit and args.bbox:
+        raise ValueError("--fit: fits a body to 2D keypoints, and --bbox has none; leave it out, "
+                         "and the people are found, or name their points by --keypoints FILE.json")
+    if args.person is not None and not (args.keypoints or args.fit):
+        raise ValueError(f"--person {args.person}: one of --keypoints' people; name that file")
+    device = train.settle(train.Config(device=args.device)).device
+    image, people, several = find_people(args, device)
+    stems = [args.photo.stem + f"_{p.number}" * several for p in people]
+    origin = {"photo": printable(args.photo.name),
+              "photo_sha256": hashlib.sha256(args.photo.read_bytes()).hexdigest()}
+    require_free(args, stems, origin)
+    start = read_mean_params(args.mean_params, "6d") if args.mean_params else None
+    network, bodies = network_of(args), 0
+    start = mean_theta(network.model.smpl.mean_pose, "6d") if start is None else start  # (1, 157)
+    for person, stem in zip(people, stems):
+        try:
+            show(args, network, image, person, start.to(device), stem, origin)
+            bodies += 1
+        except LookupError as error:
+            say(printable(f"person {person.number} is left out: {error}"))
+    if not bodies:
+        raise ValueError(f"{args.photo}: no body found; name the person by --bbox or --keypoints, "
+                         f"or another --checkpoint")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Put bodies over the people in a photo.",
-                                     allow_abbrev=False)
-    parser.add_argument("photo", type=Path, metavar="PHOTO", help="a JPEG or PNG")
+    parser = argparse.ArgumentParser(prog="python -m appendix.photo", allow_abbrev=False,
+                                     description="Put bodies over the people in a photo.")
+    parser.add_argument("photo", type=Path, metavar="PHOTO", help="picture of people")
+    parser.add_argument("--fit", action="store_true", help="fit of Theta to 2D keypoints, without "
+                        "an encoder; torchvision's detector finds them, unless --keypoints names "
+                        "them")
     parser.add_argument("--checkpoint", metavar="FILE", help="a run's checkpoint.pt, or SPIN's "
                         "published weights; with --fit: whose discriminators judge")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--bbox", metavar="x,y,w,h", help="the person (default: the whole photo)")
-    where.add_argument("--keypoints", type=Path, metavar="FILE.json", help="a COCO annotation file "
-                       "or a list of 17 (COCO's order) or 19 rows x, y, visible")
-    parser.add_argument("--person", type=int, metavar="N", help="only the N-th of --keypoints")
-    parser.add_argument("--fit", action="store_true", help="fit Theta to the keypoints; no network")
+    where.add_argument("--keypoints", type=Path, metavar="FILE.json", help="COCO's annotations or "
+                       "results, OpenPose's output, or 17 (COCO's order) or 19 rows x, y, visible")
+    parser.add_argument("--person", type=int, metavar="N", help="number of the only person wanted")
+    parser.add_argument("--sheet", action="store_true", help="with --fit: a second fit without "
+                        "L_adv, and STEM_fits.png, which shows it below the first")
     parser.add_argument("--smpl", metavar="FILE", help="body file (default: the checkpoint's)")
+    parser.add_argument("--mean-params", type=Path, metavar="FILE", help="file of mean parameters "
+                        "from which --fit starts (default: the body file's mean pose)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                        help="device [auto]")
     parser.add_argument("--out", type=Path, default=Path("out/photo"), help="folder of the results")
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for n, word in enumerate(words[:-1]):       # argparse takes -5,40,220,350 for a flag
+        if word == "--bbox":
+            words[n:n + 2] = [f"--bbox={words[n + 1]}"]
+    args = parser.parse_args(words)
     return exit_status("photo.py", lambda: run(args))
 
 

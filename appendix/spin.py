@@ -4,14 +4,16 @@ Pose and Shape via Model-Fitting in the Loop", ICCV 2019; its data/model_checkpo
     python -m appendix.photo PHOTO.jpg --checkpoint model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl
     python -m appendix.datasets measure model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl --data ..
 
-SPIN is HMR trained otherwise: same ResNet-50, same idea of a regressor; but no ReLU between its
-layers, three heads in place of one last layer, 6D rotations, and another order of Theta.  A class
-of its own, so that hmr.py stays the paper's.
+SPIN is HMR trained otherwise.  It has the same ResNet-50 and the same idea of a regressor, but no
+ReLU between the regressor's layers, three heads in place of one last layer, 6D rotations, and
+another order of Theta.  It is a class of its own, so that hmr.py stays the paper's.
 
 Axes:  B images   T = 3 iterations   157 = cam 3 | pose 144 (6D) | betas 10
 """
 
 import os
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 import train
 from hmr import BETAS, CAM, HMR, POSE, Discriminator
-from smpl import SMPL
+from smpl import SMPL, load_tensors, require_finite
 
 HEADS = {"pose": 144, "shape": 10, "cam": 3}          # in the order in which fc1 reads them
 
@@ -38,14 +40,15 @@ class SpinRegressor(nn.Module):
 
     @property
     def theta_bar(self) -> Tensor:
-        """Where it starts, in this project's order -> (1, 157)."""
+        """Where the regressor starts, in this project's order -> (1, 157)."""
         return torch.cat([self.init_cam, self.init_pose, self.init_shape], 1)
 
     def forward(self, feature: Tensor) -> list[Tensor]:
         theta = self.theta_bar.expand(len(feature), -1)               # (B, 157) Theta_0
         thetas = []
         for _ in range(self.iterations):
-            # cam LAST, and no ReLU: with dropout off, the two layers are one linear map
+            # The camera comes last.  Without a ReLU, and with dropout off, the two layers are one
+            # linear map.
             x = torch.cat([feature, theta[:, POSE], theta[:, BETAS], theta[:, CAM]], 1)
             x = F.dropout(self.fc1(x), self.dropout, self.training)   # (B, 1024)
             x = F.dropout(self.fc2(x), self.dropout, self.training)   # (B, 1024)
@@ -55,7 +58,7 @@ class SpinRegressor(nn.Module):
 
 
 class SPIN(HMR):
-    """HMR's interface (Thetas, encode, decode) with SPIN's regressor and crop.
+    """HMR's interface (Thetas, encode, decode) with SPIN's regressor.
 
     Its camera was trained as a pinhole of f = 5,000 pixels at tz = 2 f / (224 s), which at that
     distance is the camera of `project`.  Its own 49 keypoints are not here: the 19 are HMR's.
@@ -65,15 +68,9 @@ class SPIN(HMR):
         super().__init__(smpl, depth=50, rotation="6d")
         self.regressor = SpinRegressor()
 
-    @staticmethod
-    def crop(box: Tensor) -> tuple[Tensor, float, str]:
-        """A person's box (4,) = x, y, w, h -> the window's centre (2,) and side, in pixels, and
-        what lies beyond the picture.  (SPIN also rounds the window to whole pixels.)"""
-        return box[:2] + box[2:] / 2, 1.2 * float(box[2:].max()), "zeros"
 
-
-class _Inert:
-    """In place of numpy's numbers in the file (epoch, loss, ..), which nothing here needs: numpy's
+class Inert:
+    """In place of numpy's numbers in the file (epoch, loss, ..), which nothing here needs.  numpy's
     own classes trust what a pickle says of them."""
 
     def __init__(self, *args):
@@ -83,18 +80,21 @@ class _Inert:
         pass
 
 
-_NUMPY = [(_Inert, name) for name in (
+NUMPY = [(Inert, name) for name in (
     "numpy.dtype", "numpy.ndarray", "_codecs.encode",
     *(f"numpy.{core}.multiarray.{f}" for core in ("core", "_core") for f in ("scalar",
                                                                              "_reconstruct")))]
 
 
-def read_spin(path: str | os.PathLike) -> dict[str, Tensor] | None:
-    """The weights by name, or None if the file is not SPIN's (which has a `decpose.weight`)."""
+def spin_weights(path: str | os.PathLike) -> dict[str, Tensor] | None:
+    """The weights by name, or None if the file is not SPIN's (which has a `decpose.weight`).
+
+    DataParallel writes "module." before each name; it is taken away.
+    """
     try:
-        with torch.serialization.safe_globals(_NUMPY):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = content["model"]
+        with torch.serialization.safe_globals(NUMPY):
+            weights = load_tensors(path)["model"]
+        weights = {name.removeprefix("module."): x for name, x in weights.items()}
         return weights if "decpose.weight" in weights else None
     except Exception:                       # a broken or foreign file: train.load says which
         return None
@@ -102,7 +102,7 @@ def read_spin(path: str | os.PathLike) -> dict[str, Tensor] | None:
 
 def load_spin(path: str | os.PathLike, smpl: SMPL | None = None) -> SPIN:
     """SPIN's checkpoint -> the network, in eval mode.  Raises ValueError, listing what is amiss."""
-    smpl, weights = smpl or SMPL(), read_spin(path)
+    smpl, weights = smpl or SMPL(), spin_weights(path)
     if weights is None:
         raise ValueError(f"{path}: not SPIN's checkpoint, a dict whose `model` has decpose.weight")
     if len(smpl.v_template) != 6890:
@@ -121,16 +121,29 @@ def load_spin(path: str | os.PathLike, smpl: SMPL | None = None) -> SPIN:
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} of its weights are not SPIN's: "
                          + "; ".join(wrong[:20]) + "; .." * (len(wrong) > 20))
+    require_finite(weights, str(path))
     for part in parts:
         part.load_state_dict({name: weights.get(name, x) for name, x in part.state_dict().items()})
     return model.eval()
 
 
+class Network(NamedTuple):
+    """A trained network and what one needs to know to use it."""
+    model: HMR
+    D: Discriminator | None   # SPIN has none
+    config: train.Config
+    crop: str                 # one of data.CROPS; "spin": SPIN's own rule
+    world: str                # what it was trained on
+
+
 def load_network(path: str | os.PathLike, smpl: str | os.PathLike | None = None,
-                 device: str = "auto") -> tuple[HMR, Discriminator | None, train.Config]:
-    """`train.load`, and SPIN's published weights, too; these have no discriminators (None)."""
-    if read_spin(path) is None:
-        return train.load(path, smpl, device)
+                 device: str = "auto") -> Network:
+    """A run's checkpoint.pt, or SPIN's published weights.  Raises FileNotFoundError, ValueError."""
+    if spin_weights(path) is None:
+        model, D, config = train.load(path, smpl, device)
+        world = train.load_checkpoint(Path(path), os.fspath(smpl or ""))["world"]
+        return Network(model, D, config, config.crop, world)
     config = train.settle(train.Config(rotation="6d", adv=False, amp="off", device=device,
                                        smpl=os.fspath(smpl or "")))
-    return load_spin(path, SMPL(config.smpl or None)).to(config.device), None, config
+    model = load_spin(path, SMPL(config.smpl or None)).to(config.device)
+    return Network(model, None, config, "spin", "SPIN's data (photographs)")
