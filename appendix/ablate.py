@@ -3,17 +3,17 @@
     python -m appendix.ablate paper --steps 2000 --seeds 2     # six variants, runs/ablation
     python -m appendix.ablate degradation --seeds 2            # four networks, runs/degradation
 
-Both imply --small and take train.py's flags; --variants A,B,.. chooses.  Every variant and seed has
-a folder of its own: after an interruption the same command goes on.  Tables are written after each
-run, figures at the end.  (Text in figures is set by Pillow, which comes with torchvision.)
+Both commands imply --small and take train.py's flags.  Each run has a folder of its own.  A
+finished run is not trained again, and an interrupted one goes on, so that the same command can be
+given until all are done.  The tables and figures are then made of all finished runs in the folder,
+earlier commands' included.  (Text in figures is set by Pillow, which comes with torchvision.)
 
-Axes:  B pictures   P keypoints   T iterations   N = B * T
+Axes:  B pictures   K keypoints   H = W pixels   T iterations   N = B * T
 """
 
 import argparse
 import csv
 import dataclasses
-import datetime
 import io
 import json
 import math
@@ -33,43 +33,37 @@ from hmr import LSP, Discriminator, mixed_precision
 from smpl import SMPL, exit_status, say, write_atomically
 from train import GUESSES, MEASURES, Config, evaluation_pictures, flag, load_checkpoint, make_config
 
-# --------------------------------------------------------------------------------------------
-# The variants: what each changes of train.py's defaults and --small's.
-
-# paper: Sec. 3.2 (T), Sec. 3.3 (one discriminator or 25), Figs. 4 and 5 (3D, adversary)
+# What each variant changes of train.py's defaults and --small's.  paper: Sec. 3.2 (T), Sec. 3.3
+# (one discriminator or 25), Figs. 4 and 5 (3D labels, adversary).
 PAPER = {"paired+adv": {}, "adv": {"paired": False}, "paired": {"adv": False},
          "neither": {"paired": False, "adv": False}, "T=1": {"iterations": 1}, "whole": {}}
 FIGURE = {"paired+adv": "paired 3D + adversary", "adv": "adversary only (Fig. 4)",
           "paired": "paired 3D only", "neither": "neither (Fig. 5)"}
 # degradation: no adversary, so that all four networks minimise one and the same loss
-NETWORKS = {f"{kind}-{depth}": {"plain": kind == "plain", "depth": depth}
+NETWORKS = {f"{kind}-{depth}": {"plain": kind == "plain", "depth": depth, "adv": False}
             for kind in ("plain", "ResNet") for depth in (18, 34)}
-DEGRADATION = dict(adv=False, log_every=10, steps=4_000)             # changes of --small
-DEGRADATION_CPU = dict(steps=600)
+DEGRADATION, DEGRADATION_CPU = (dict(log_every=10, steps=steps) for steps in (4_000, 600))
+PANEL = 176                                     # pixels: five panels are as wide as a README
 
 
-class WholeDiscriminator(nn.Module):
+class WholeDiscriminator(nn.Sequential):
     """What Sec. 3.3 advises against: ONE network on shape and pose, inputs as `Discriminator`'s.
 
-    217 -> 1239 -> 1239 -> 1 has the 25's number of parameters within 0.005 %: only the
-    factorisation differs.  Its one opinion counts 25 times, (N, 25), so that one weight of L_adv
-    and one learning rate of D mean the same for both forms.
+    217 -> 1239 -> 1239 -> 1 has as many parameters as the 25, within 0.005 %.  Its one opinion
+    counts 25 times, (N, 25), so that L_adv's weight and D's rate mean the same for both forms.
     """
 
     def __init__(self):
-        super().__init__()
+        super().__init__(nn.Linear(10 + 23 * 9, 1239), nn.ReLU(), nn.Linear(1239, 1239), nn.ReLU(),
+                         nn.Linear(1239, 1))
         self.amp = None                         # as `Discriminator`'s; train() sets it
-        self.fc1 = nn.Linear(10 + 23 * 9, 1239)
-        self.fc2 = nn.Linear(1239, 1239)
-        self.fc3 = nn.Linear(1239, 1)
-        for layer in (self.fc1, self.fc2, self.fc3):
+        for layer in list(self)[::2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, rotmats: Tensor, betas: Tensor) -> Tensor:
-        x = torch.cat([betas, rotmats.flatten(1)], 1)                 # (N, 217)
         with mixed_precision(betas.device, self.amp):
-            opinion = self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))             # (N, 1)
+            opinion = super().forward(torch.cat([betas, rotmats.flatten(1)], 1))  # (N, 1)
         return opinion.float().expand(-1, 25)                         # (N, 25)
 
 
@@ -77,132 +71,119 @@ class WholeDiscriminator(nn.Module):
 # The runs
 
 def experiment(given: dict, args: argparse.Namespace) -> None:
-    """Train what is not trained yet, one after another; tables after each run, figures at the end.
+    """Train what is not trained yet, one run after another, then make tables and figures.
 
-    Each run has its own folder, out/<variant>_seed<k>; a finished one is left alone, an interrupted
-    one goes on.  Raises ValueError.
+    Raises ValueError for options that do not fit each other or an earlier run in the folder.
     """
-    if torch.distributed.is_torchelastic_launched():
-        raise ValueError("the variants are trained in one process: leave torchrun out")
-    paper = args.kind == "paper"
-    kind, variants = ("ablation", PAPER) if paper else ("degradation", NETWORKS)
-    names = list(variants if args.variants is None else dict.fromkeys(args.variants.split(",")))
-    for name in names:
-        if name not in variants:
-            raise ValueError(f"--variants {args.variants}: {name!r} is none of the variants "
-                             f"{', '.join(variants)}")
-    for name in sorted(set(given) & set().union(*variants.values())):
-        raise ValueError(f"{flag(name)}: the variants differ in it; leave it out")
-    if not 1 <= args.seeds <= 1000:
-        raise ValueError(f"--seeds: expected 1 to 1000, got {args.seeds}")
-    if not paper and given.get("adv"):
-        raise ValueError("--adv: degradation compares one loss, without the adversary; leave it "
-                         "out")
+    kind, variants, report = ("ablation", PAPER, ablation_report) if args.kind == "paper" else (
+        "degradation", NETWORKS, degradation_report)
+    names = list(variants) if args.variants is None else args.variants.split(",")
+    if set(names) - set(variants):
+        raise ValueError(f"--variants {args.variants}: expected some of {', '.join(variants)}")
+    for name in set(given) & set().union(*variants.values()):
+        raise ValueError(f"{flag(name)}: the variants differ in it or need it; leave it out")
+    if not 1 <= args.seeds <= 1000 or torch.distributed.is_torchelastic_launched():
+        raise ValueError("--seeds: expected 1 to 1000, in one process (without torchrun)")
     preset = train.small_preset(given)
-    if not paper:
-        changes = DEGRADATION | (DEGRADATION_CPU if preset["steps"] == train.SMALL_CPU["steps"]
-                                 else {})
+    if kind == "degradation":
+        changes = DEGRADATION_CPU if preset["steps"] == train.SMALL_CPU["steps"] else DEGRADATION
         say(f"degradation changes: {', '.join(f'{k} {v}' for k, v in changes.items())}")
         preset |= changes
     out, first = Path(given.get("out", f"runs/{kind}")), given.get("seed", 0)
-    names_in_order = list(variants)
 
-    def config_of_run(name: str, seed: int) -> Config:
+    def config_of(name: str, seed: int) -> Config:
         return make_config(given | {"seed": seed, "out": str(out / f"{name}_seed{seed}")},
                            preset | variants[name])
-
-    def finished() -> dict[tuple[str, int], Config]:
-        """The folder's runs, earlier calls' included, in the variants' order."""
-        runs = (path.parent.name.rpartition("_seed") for path in out.glob("*_seed*/metrics.json"))
-        found = sorted((names_in_order.index(name), int(seed)) for name, _, seed in runs
-                       if name in names_in_order and seed.isdecimal())
-        return {(names_in_order[i], seed): config_of_run(names_in_order[i], seed)
-                for i, seed in found}
     wanted = [(name, seed) for seed in range(first, first + args.seeds) for name in names]
-    done = finished()
-    for config in [config_of_run(*run) for run in wanted] + list(done.values()):
-        require_same_settings(config)
-    missing = [run for run in wanted if run not in done]
-    for n, run in enumerate(missing):
-        seconds = [load_metrics(config)["seconds"] for config in finished().values()]
-        left = (len(missing) - n) * sum(seconds) / max(len(seconds), 1)
-        say(f"\n{run[0]}, seed {run[1]}: run {len(wanted) - len(missing) + n + 1} of {len(wanted)}"
-            + (f", {datetime.timedelta(seconds=round(left))} left for all" if seconds else ""))
+    for run in [*wanted, *finished_runs(out, list(variants))]:
+        earlier_part(config_of(*run))           # it raises, better now than after some runs
+    for n, (name, seed) in enumerate(wanted, 1):
+        config = config_of(name, seed)
+        metrics, checkpoint = earlier_part(config)
+        say(f"\n{name}, seed {seed}: run {n} of {len(wanted)}" + " is there" * bool(metrics))
+        make_D = WholeDiscriminator if name == "whole" else Discriminator
         try:
-            train_or_go_on(run[0], config_of_run(*run))
+            metrics or train.train(config, checkpoint, make_D=make_D)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
-        TABLES[kind](out, finished())           # what there is so far
-    if not missing:
-        TABLES[kind](out, finished())
-    FIGURES[kind](out, finished())
+    configs = {run: config_of(*run) for run in finished_runs(out, list(variants))}
+    report(out, configs, {run: earlier_part(config)[0] for run, config in configs.items()})
     say("\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}")
 
 
-def require_same_settings(config: Config) -> None:
-    """A folder's earlier run must be the one that is asked for now."""
-    folder = Path(config.out)
+def finished_runs(out: Path, names: list[str]) -> list[tuple[str, int]]:
+    """A folder's finished runs, (variant, seed), in the variants' order."""
+    found = [path.parent.name.rpartition("_seed") for path in out.glob("*_seed*/metrics.json")]
+    return sorted(((name, int(seed)) for name, _, seed in found if name in names
+                   and seed.isdecimal()), key=lambda run: (names.index(run[0]), run[1]))
+
+
+def earlier_part(config: Config) -> tuple[dict | None, dict | None]:
+    """A run's folder -> its metrics if the run is finished, or its checkpoint, or neither.
+
+    Raises ValueError if that run has other settings, or its metrics.json is not whole.
+    """
+    folder, metrics, checkpoint = Path(config.out), None, None
     if (folder / "metrics.json").is_file():
-        stored = load_metrics(config)["config"]
+        try:
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            then = metrics["config"] if numbers(metrics) else {}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{folder / 'metrics.json'}: not the numbers of a finished run; "
+                             f"delete it, and the checkpoint is measured again") from None
     elif (folder / "checkpoint.pt").is_file():
-        stored = load_checkpoint(folder / "checkpoint.pt")["config"]
+        checkpoint = load_checkpoint(folder / "checkpoint.pt", config.smpl)
+        then = checkpoint["config"]
     else:
-        return
-    for f in dataclasses.fields(Config):
-        now, then = getattr(config, f.name), stored.get(f.name, f.default)
-        free = ("device", "out", "log_every", "picture_every")
-        if now != then and f.name not in free:
-            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with "
-                             f"{flag(f.name)} {then}, now it is {now}; give the same "
-                             f"options as before or name another folder")
-
-
-def load_metrics(config: Config) -> dict:
-    path = Path(config.out) / "metrics.json"
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        metrics = {}
-    if not (isinstance(metrics, dict) and
-            {"config", "truth", *GUESSES, "per_iteration", "seconds", "device", "torch",
-             "precision", "measured_on"} <= set(metrics)):
-        raise ValueError(f"{path}: not the numbers of a finished run; delete it, and the run's "
-                         f"checkpoint will be measured again")
-    return metrics
-
-
-def train_or_go_on(name: str, config: Config) -> None:
-    path = Path(config.out) / "checkpoint.pt"
-    if not path.is_file():                      # the log of a run without a checkpoint helps nobody
-        path.with_name("log.csv").unlink(missing_ok=True)
-    train.train(config, load_checkpoint(path) if path.is_file() else None,
-                make_D=WholeDiscriminator if name == "whole" else Discriminator)
+        return None, None
+    for name, new in dataclasses.asdict(config).items():
+        free = name in ("device", "out", "log_every", "picture_every", "record")
+        if not free and then.get(name) != new:
+            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with {flag(name)} "
+                             f"{then.get(name)}, not {new}; give that or name another folder")
+    return metrics, checkpoint
 
 
 # --------------------------------------------------------------------------------------------
-# The tables
+# The tables.  configs, all_metrics: (variant, seed) -> settings, what metrics.json holds
 
-def mean_std(values: list[float], form: str = ".1f") -> str:
-    if any(map(math.isnan, values)):
-        return ""                               # a run without discriminators has no heads
-    mean = f"{statistics.mean(values):{form}}"
-    return mean if len(set(values)) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
+def numbers(metrics: dict) -> dict[str, list[float]]:
+    """What a run measured -> body: MEASURES, and D's mean outputs on real and predicted bodies.
+
+    The bodies are the lazy guesses, the iterations and the truth.  NaN: D has not judged this body.
+    """
+    rows = {title: metrics[key] for key, title in GUESSES.items()}
+    rows |= {f"iteration {t}": row for t, row in enumerate(metrics["per_iteration"], 1)}
+    rows = {body: [float(row[key]) for key, _ in MEASURES] + [math.nan, math.nan]
+            for body, row in (rows | {"truth": metrics["truth"]}).items()}
+    if "heads" in metrics:
+        rows[f"iteration {len(metrics['per_iteration'])}"][-2:] = [
+            statistics.mean(metrics["heads"][side]) for side in ("real", "fake")]
+    return rows
 
 
-def markdown(title: list[str], rows: list[list[str]]) -> str:
-    lines = [title, ["---"] * len(title), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+def table(what: str, configs: dict, all_metrics: dict, columns: dict, rows: dict) -> str:
+    """A markdown table under a line that says what its numbers are of.
 
-
-def heading(what: str, configs: dict) -> str:
-    """Where the numbers come from; the spread is the sample standard deviation over seeds."""
-    c, seeds = next(iter(configs.values())), sorted({seed for _, seed in configs})
-    where = sorted({f"trained in {m['precision']}, {m['device']}, torch {m['torch']}"
-                    for m in map(load_metrics, configs.values())})
-    return (f"{what}, measured on {load_metrics(c)['measured_on']}: {c.steps:,} steps of {c.batch} "
-            f"pictures of {c.size} px, {c.crop} crop, networks of width {c.width}, seeds "
-            f"{', '.join(map(str, seeds))}; mean ± standard deviation where a row has several."
-            f" {'; '.join(where)}.\n\n")
+    columns: title -> format; rows: title -> a list of numbers for each seed.  A cell is their mean
+    and, of several seeds, their sample standard deviation.  NaN leaves it empty.
+    """
+    c, m = next(iter(configs.values())), next(iter(all_metrics.values()))
+    seeds = "; ".join(f"{name} {', '.join(str(seed) for of, seed in configs if of == name)}"
+                      for name in dict.fromkeys(name for name, _ in configs))
+    where = {f"{m['precision']}, {m['device']}, torch {m['torch']}" for m in all_metrics.values()}
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for title, of_seeds in rows.items():
+        lines.append([title])
+        for values, form in zip(zip(*of_seeds), columns.values()):
+            cell = f"{statistics.mean(values):{form}}"
+            if len(values) > 1 and cell != "nan":
+                cell += f" ± {statistics.stdev(values):{form}}"
+            lines[-1].append(cell.replace("nan", ""))
+    return (f"{what}, measured on {m['measured_on']}: {c.steps:,} steps of {c.batch} pictures of "
+            f"{c.size} px, {c.crop} crop, networks of width {c.width}, trained in "
+            f"{'; '.join(sorted(where))}; mean ± sample standard deviation over seeds ({seeds})."
+            f"\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
 
 
 def write_csv(path: Path, rows: list[list]) -> None:
@@ -211,175 +192,73 @@ def write_csv(path: Path, rows: list[list]) -> None:
     write_atomically(path, file.getvalue().encode())
 
 
-def ablation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
-    """ablation.csv: a row for every run and body (the truth, Theta-bar, each iteration);
-    ablation.md: means over seeds of the variants, and of the iterations."""
-    keys, titles = zip(*MEASURES)
-    rows, groups = [], {}                       # groups: (variant, body) -> its rows over seeds
-    for (name, seed), config in configs.items():
-        metrics = load_metrics(config)
-        heads = metrics.get("heads", {"real": [math.nan], "fake": [math.nan]})
-        bodies = {"truth": metrics["truth"],
-                  **{title: metrics[key] for key, title in GUESSES.items()},
-                  **{f"iteration {t}": m for t, m in enumerate(metrics["per_iteration"], 1)}}
-        for body, measured in bodies.items():
-            values = [*(measured[key] for key in keys), *map(statistics.mean, heads.values())]
+def ablation_report(out: Path, configs: dict, all_metrics: dict) -> None:
+    """ablation.csv: a row for every run and body.  ablation.md: a table of the variants and one of
+    the iterations.  ablation.png, iterations.png: what networks of the first seed see."""
+    columns = {title: ".1f" for _, title in MEASURES} | {"D on real": ".2f", "D on fake": ".2f"}
+    keys = [key for key, _ in MEASURES]
+    rows, of = [["variant", "seed", "body", *keys, "D_real", "D_fake", "seconds"]], {}
+    for (name, seed), metrics in all_metrics.items():
+        for body, values in numbers(metrics).items():
             rows.append([name, seed, body, *values, metrics["seconds"]])
-            groups.setdefault((name, body), []).append(values)
-    write_csv(out / "ablation.csv", [["variant", "seed", "body", *keys, "D_real", "D_fake",
-                                      "seconds"], *rows])
+            of.setdefault((name, body), []).append(values)            # a list for each seed
+    write_csv(out / "ablation.csv", rows)
+    one = next(iter(configs))[0]                # guesses and truth are the same for all
+    guesses = {title: of[one, title][:1] for title in GUESSES.values()}
+    last = {name: of[name, f"iteration {c.iterations}"] for (name, _), c in configs.items()}
+    steps = {f"paired+adv, {body}": values for (name, body), values in of.items()
+             if name == "paired+adv" and body.startswith("iteration")}
+    rows = guesses | last | steps | {"truth": of[one, "truth"][:1]}
+    write_atomically(out / "ablation.md", table("Ablation", configs, all_metrics, columns, rows
+                                                ).encode())
+    draw_networks(out, {name: config for (name, _), config in reversed(configs.items())})
 
-    def line(title: str, group: tuple[str, str], columns: int) -> list[str]:
-        cells = [mean_std(v) for v in zip(*groups[group])][:len(keys)]
-        heads = [mean_std(v, ".2f") for v in zip(*groups[group])][len(keys):]
-        return [title, *cells, *heads][:columns]
-    T = {name: config.iterations for (name, _), config in configs.items()}
-    one = next(iter(T))
-    *common, truth = [line(body, (one, body), len(keys) + 1) + ["", ""]
-                      for body in (*GUESSES.values(), "truth")]
-    text = heading("Ablation", configs) + markdown(
-        ["", *titles, "D on real", "D on fake"],
-        [*common, *(line(name, (name, f"iteration {t}"), 99) for name, t in T.items()), truth])
-    if "paired+adv" in T:
-        steps = [line(body, ("paired+adv", body), len(keys) + 1)
-                 for body in (*GUESSES.values(),
-                              *(f"iteration {t + 1}" for t in range(T["paired+adv"])))]
-        alone = [line("T = 1, trained alone", ("T=1", "iteration 1"), len(keys) + 1)] \
-            if "T=1" in T else []
-        text += "\n" + markdown(["paired+adv", *titles], [*steps, *alone])
-    write_atomically(out / "ablation.md", text.encode())
-
-
-def probe(config: Config) -> tuple[list[float], list[float]]:
-    """A finished run -> norms of the loss's gradient at the first layer, before and after training
-    (on one batch that training did not see); and the standard deviation of each 3x3 layer's
-    response after BN, before ReLU and addition, on held-out pictures (He et al., Fig. 7)."""
-    checkpoint = load_checkpoint(Path(config.out) / "checkpoint.pt")
-    kept = Path(config.out) / "probe.json"
-    if kept.is_file():
-        of, *result = json.loads(kept.read_text(encoding="utf-8"))
-        if of == checkpoint["seconds"]:         # no two runs take equally long
-            return tuple(result)
-    torch.manual_seed(config.seed)              # as `train` begins
-    model = train.build(config, SMPL(config.smpl or None).to(config.device))
-    model.amp = None                            # networks are compared in one precision: float32
-    batch = train.training_world(config, model.smpl).batch(config.steps)
-
-    def gradient() -> float:
-        still = torch.optim.SGD(model.parameters(), 0.0)              # a step of length 0
-        train.train_step(model.train(), None, still, None, batch, None, config)   # adv is off
-        return model.encoder.conv1.weight.grad.norm().item()
-    before, responses = gradient(), []
-    train.restore(checkpoint, {"model": model})
-    for name, layer in model.encoder.named_modules():
-        if name.startswith("layer") and name.rpartition(".")[2] in ("bn1", "bn2"):
-            layer.register_forward_hook(lambda _, i, y: responses.append(y.float().std().item()))
-    with torch.no_grad():
-        model.eval()(next(evaluation_pictures(config, model.smpl)).image)
-    layers = list(responses)                    # the gradient's forward pass appends again
-    result = [before, gradient()], layers
-    write_atomically(kept, json.dumps([checkpoint["seconds"], *result]).encode())
-    return result
-
-
-def loss_curve(config: Config) -> tuple[list[int], list[float]]:
-    text = (Path(config.out) / "log.csv").read_text(encoding="utf-8")
-    rows = list(csv.DictReader(text.splitlines()))
-    return [int(row["step"]) for row in rows], [float(row["loss_E"]) for row in rows]
-
-
-def degradation_tables(out: Path, configs: dict[tuple[str, int], Config]) -> None:
-    """degradation.csv: the training losses; degradation.md: their ends, gradients, responses."""
-    rows, groups = [["network", "seed", "step", "loss"]], {}
-    layers = [["network", "seed", "layer", "response_std"]]
-    for (name, seed), config in configs.items():
-        steps, losses = loss_curve(config)
-        rows += [[name, seed, *point] for point in zip(steps, losses)]
-        final = [loss for step, loss in zip(steps, losses) if step > 0.9 * config.steps]
-        gradients, responses = probe(config)
-        layers += [[name, seed, n, std] for n, std in enumerate(responses, 1)]
-        groups.setdefault(name, []).append([statistics.mean(final), load_metrics(config)["mpjpe"],
-                                            *gradients, statistics.mean(responses)])
-    write_csv(out / "degradation.csv", rows)
-    write_csv(out / "responses.csv", layers)
-    forms = (".2f", ".1f", ".4g", ".4g", ".3f")
-    table = [[name, *map(mean_std, zip(*values), forms)] for name, values in groups.items()]
-    text = heading("Degradation", configs) + markdown(
-        ["", "training loss, last 10 %", "MPJPE mm", "gradient norm at conv1, before",
-         "after training", "std of 3x3 layers' responses"], table)
-    write_atomically(out / "degradation.md", text.encode())
-
-
-def degradation_figure(out: Path, configs: dict[tuple[str, int], Config]) -> None:
-    """Loss against steps, and responses against layers: thin = plain, bold = residual."""
-    def lines(path: str, x: str, y: str) -> list:
-        groups = {}
-        for row in csv.DictReader(io.StringIO((out / path).read_text(encoding="utf-8"))):
-            groups.setdefault(row["network"], {}).setdefault(int(row[x]), []).append(float(row[y]))
-        return [(name, "#c0392b" if "34" in name else "#2471a3", 1 if "plain" in name else 3,
-                 [*line], [statistics.mean(v) for v in line.values()])
-                for name, line in groups.items()]
-    losses = [(*style, *zip(*[(x, y) for x, y in zip(xs, ys) if x > 0.05 * xs[-1]]))
-              for *style, xs, ys in lines("degradation.csv", "step", "loss")]
-    save_png(out / "degradation.png", torch.cat([
-        draw_chart("training loss", "step", losses),
-        draw_chart("std of the 3x3 layers' responses", "layer",
-                   lines("responses.csv", "layer", "response_std"))], 2))
-
-
-# --------------------------------------------------------------------------------------------
-# The figures
 
 @torch.no_grad()
-def ablation_figures(out: Path, configs: dict[tuple[str, int], Config]) -> None:
-    """Five held-out pictures, taken at regular intervals: what each variant of the first seed
-    sees in them (ablation.png), and how the iterations arrive there (iterations.png)."""
-    seed = min(seed for _, seed in configs)
-    drawn = {name: configs[name, seed] for name in FIGURE if (name, seed) in configs}
-    columns, iterations = {}, {}
-    for name, config in drawn.items():
+def draw_networks(out: Path, configs: dict[str, Config]) -> None:
+    """Three held-out pictures, taken at regular intervals, as each variant sees them."""
+    columns = {}
+    for name in (name for name in FIGURE if name in configs):
+        config = configs[name]
         model, _, _ = train.load(Path(config.out) / "checkpoint.pt", config.smpl, config.device)
-        if not columns:     # the same people twice: as the network sees them, and fit to draw on
-            (image, keypoints2d, *_), (sharp, *_) = (
-                [f[::13] for f in next(evaluation_pictures(dataclasses.replace(
-                        config, size=size, eval_pictures=64), model.smpl))]
-                for size in (config.size, max(config.size, 224)))
-        thetas, _ = model(image)
-        parts = [(body.vertices, body.cam, body.keypoints2d[:, :LSP]) for body in (
-            model.decode(theta, vertices=True)
-            for theta in (model.regressor.theta_bar.expand(len(image), -1), *thetas))]
-        columns[FIGURE[name]] = parts[-1]
+        # the same people twice: as the network sees them, and large enough to draw on
+        seen, sharp = (next(evaluation_pictures(dataclasses.replace(
+            config, size=size, eval_pictures=64), model.smpl)) for size in (config.size, PANEL))
+        inputs = seen.image[::22], sharp.image[::22], seen.keypoints2d[::22, :LSP]
+        thetas = model(inputs[0])[0]
+        bodies = [model.decode(theta, vertices=True)
+                  for theta in (model.regressor.theta_bar.expand(len(inputs[0]), -1), *thetas)]
+        columns[FIGURE[name]] = bodies[-1]
         if name == "paired+adv":
-            iterations = dict(zip(["Theta-bar"] + [f"iteration {t + 1}" for t in
-                                                   range(len(thetas))], parts))
-    for name, shown in (("ablation.png", columns), ("iterations.png", iterations)):
-        if shown:
-            compare(out / name, image, sharp, keypoints2d[:, :LSP], shown, model.smpl.faces)
+            titles = ["Theta-bar", *(f"iteration {t}" for t in range(1, len(bodies)))]
+            compare(out / "iterations.png", *inputs, dict(zip(titles, bodies)), model.smpl.faces)
+    if columns:
+        compare(out / "ablation.png", *inputs, columns, model.smpl.faces)
 
 
-def compare(path: str | Path, image: Tensor, sharp: Tensor, keypoints2d: Tensor, columns: dict,
+def compare(path: Path, image: Tensor, sharp: Tensor, true: Tensor, columns: dict,
             faces: Tensor) -> None:
-    """PNG: the input | each column's bodies as overlay and turned 90 degrees; one row a picture.
+    """PNG, two rows a picture: the input, then each column's body over it, and turned 90 degrees.
 
-    image (B, 3, h, h) what the network saw; sharp (B, 3, size, size) the same people, to draw
-    over; keypoints2d (B, P, 2) the truth: unfilled circles, predictions filled (as in Fig. 5);
-    columns: title -> (vertices (B, V, 3), cam (B, 3), keypoints2d (B, P, 2)).
+    image (B, 3, h, h) what the network saw; sharp (B, 3, H, H) the same people, to draw over; true
+    (B, K, 2) keypoints, drawn as white circles, predicted ones red; columns: title -> HMROutput.
     """
-    size, black, white = sharp.shape[-1], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    parts = [F.interpolate(image, (size, size), mode="nearest")]      # (B, 3, size, size)
-    for vertices, cam, predicted in columns.values():
-        overlay = draw_mesh(vertices, faces, cam, size, sharp)
-        for i, (true, pred) in enumerate(zip(keypoints2d, predicted)):
-            picture = draw_points(overlay[i], true, black, 5.5, filled=False)
-            picture = draw_points(picture, true, white, 4.5, filled=False)
-            overlay[i] = draw_points(draw_points(picture, pred, black, 3), pred, radius=2.2)
-        parts += [overlay, draw_mesh(side_view(vertices), faces, cam, size)]
-    head = Image.new("RGB", (len(parts) * size, 32), "white")
-    for i, title in enumerate(["input", *columns]):                   # a column is two parts wide
-        ImageDraw.Draw(head).text((max(2 * i, 0.5) * size, 16), title, "black",
-                                  ImageFont.load_default(20), anchor="mm")
-    rows = [vision.pil_to_tensor(head) / 255, *torch.cat(parts, 3).cpu()]
-    save_png(path, torch.cat(rows, 1))
+    size = sharp.shape[-1]
+    shown = F.interpolate(image, (size, size), mode="nearest")        # (B, 3, H, H)
+    parts = [torch.cat([shown, torch.ones_like(shown)], 2)]           # (B, 3, 2H, H)
+    for body in columns.values():
+        overlay = draw_mesh(body.vertices, faces, body.cam, size, sharp)          # (B, 3, H, H)
+        for i, (circles, discs) in enumerate(zip(true, body.keypoints2d[:, :LSP])):
+            for color, rim in (((0, 0, 0), 1), ((1, 1, 1), 0)):       # black, seen on any ground
+                overlay[i] = draw_points(overlay[i], circles, color, 4.5 + rim, filled=False)
+            overlay[i] = draw_points(draw_points(overlay[i], discs, (0, 0, 0), 3.2), discs)
+        turned = draw_mesh(side_view(body.vertices), faces, body.cam, size)       # (B, 3, H, H)
+        parts.append(torch.cat([overlay, turned], 2))                 # (B, 3, 2H, H)
+    head = Image.new("RGB", (len(parts) * size, 28), "white")
+    for i, title in enumerate(["input", *columns]):
+        ImageDraw.Draw(head).text(((i + 0.5) * size, 14), title, "black",
+                                  ImageFont.load_default(14), anchor="mm")
+    save_png(path, torch.cat([vision.pil_to_tensor(head) / 255, *torch.cat(parts, 3).cpu()], 1))
 
 
 def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: float = 2,
@@ -394,42 +273,95 @@ def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radiu
     return image
 
 
-def draw_chart(title: str, x_label: str, lines: list, size: tuple[int, int] = (640, 420)) -> Tensor:
-    """lines: (label, colour, thickness, xs, ys) -> chart (3, H, W), axes from the data's extent."""
-    W, H = (2 * side for side in size)                                # halved at the end
-    left, right, top, bottom = 120, W - 30, 70, H - 100
-    extent = []                                                       # of x, of y: low, high, step
-    for values in ([x for line in lines for x in line[3]], [y for line in lines for y in line[4]]):
-        span = max(max(values) - min(values), 1e-9)
-        ten = 10 ** math.floor(math.log10(span / 4))
-        step = ten * next(k for k in (1, 2, 5, 10) if ten * k * 6 >= span)
-        extent.append((min(values), min(values) + span, step))
+# --------------------------------------------------------------------------------------------
+# Degradation
 
-    def at(x, y):
-        (x0, x1, _), (y0, y1, _) = extent
-        return (left + (x - x0) / (x1 - x0) * (right - left),
+def probe(config: Config) -> tuple[list[float], list[float]]:
+    """A finished run -> gradient norms at the first layer before and after training, responses.
+
+    The gradient is that of the loss on one batch that training did not see.  A response is the
+    standard deviation of a 3x3 layer's output after BN, before ReLU and addition, on held-out
+    pictures (He et al., Fig. 7).
+    """
+    torch.manual_seed(config.seed)              # as `train` begins
+    model = train.build(config, SMPL(config.smpl or None).to(config.device))
+    model.amp = None                            # networks are compared in one precision: float32
+    batch = train.training_world(config, model.smpl).batch(config.steps)
+
+    def gradient() -> float:
+        still = torch.optim.SGD(model.parameters(), 0.0)              # a step of length 0
+        train.train_step(model.train(), None, still, None, batch, None, config)   # adv is off
+        return model.encoder.conv1.weight.grad.norm().item()
+    before, responses = gradient(), []
+    train.restore(load_checkpoint(Path(config.out) / "checkpoint.pt", config.smpl),
+                  {"model": model})
+    hooks = [layer.register_forward_hook(lambda _, i, y: responses.append(y.std().item()))
+             for name, layer in model.encoder.named_modules()
+             if name.startswith("layer") and name.endswith(("bn1", "bn2"))]
+    with torch.no_grad():
+        model.eval()(next(evaluation_pictures(config, model.smpl)).image)
+    for hook in hooks:
+        hook.remove()
+    return [before, gradient()], responses
+
+
+def degradation_report(out: Path, configs: dict, all_metrics: dict) -> None:
+    """degradation.csv: training losses.  responses.csv: responses by layer.  degradation.md: their
+    means, and gradients.  degradation.png: both by step and layer; thin is plain, bold residual."""
+    csvs = {"degradation": [["network", "seed", "step", "loss"]],
+            "responses": [["network", "seed", "layer", "response_std"]]}
+    rows, lines = {}, {"degradation": {}, "responses": {}}  # lines: network -> x -> y of the seeds
+    for (name, seed), config in configs.items():
+        with open(Path(config.out) / "log.csv", encoding="utf-8") as file:
+            curve = [(int(row["step"]), float(row["loss_E"])) for row in csv.DictReader(file)]
+        gradients, responses = probe(config)
+        for kind, points in (("degradation", curve), ("responses", enumerate(responses, 1))):
+            for x, y in points:
+                csvs[kind].append([name, seed, x, y])
+                lines[kind].setdefault(name, {}).setdefault(x, []).append(y)
+        end = statistics.mean(loss for step, loss in curve if step > 0.9 * config.steps)
+        rows.setdefault(name, []).append([end, all_metrics[name, seed]["mpjpe"], *gradients,
+                                          statistics.mean(responses)])
+    for kind, content in csvs.items():
+        write_csv(out / f"{kind}.csv", content)
+    columns = {"training loss, last 10 %": ".2f", "MPJPE mm": ".1f", "gradient norm at conv1, "
+               "before": ".4g", "after training": ".4g", "std of 3x3 layers' responses": ".3f"}
+    text = table("Degradation", configs, all_metrics, columns, rows)
+    write_atomically(out / "degradation.md", text.encode())
+    for of in lines["degradation"].values():    # the first losses are far larger than all others
+        for x in [x for x in of if x <= 0.05 * max(of)]:
+            del of[x]
+    save_png(out / "degradation.png", torch.cat([
+        draw_chart("training loss, by step", lines["degradation"]),
+        draw_chart("std of the 3x3 layers' responses, by layer", lines["responses"])], 2))
+
+
+def draw_chart(title: str, lines: dict, W: int = 880, H: int = 640) -> Tensor:
+    """lines: network -> x -> values, of which the mean is drawn -> chart (3, H / 2, W / 2)."""
+    lines = {name: [(x, statistics.mean(ys)) for x, ys in of.items()] for name, of in lines.items()}
+    xs, ys = ([point[axis] for line in lines.values() for point in line] for axis in (0, 1))
+    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys) + 1e-9)
+    left, right, top, bottom = 110, W - 30, 100, H - 50
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (left + (x - x0) / max(x1 - x0, 1) * (right - left),
                 bottom - (y - y0) / (y1 - y0) * (bottom - top))
     sheet = Image.new("RGB", (W, H), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
-    for axis, (low, high, step) in enumerate(extent):
-        for k in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1):
-            x, y = at(k * step, extent[1][0]) if axis == 0 else at(extent[0][0], k * step)
-            draw.line((x, top, x, bottom) if axis == 0 else (left, y, right, y), "#dddddd", 2)
-            draw.text((x, y + 26) if axis == 0 else (x - 12, y), f"{k * step:.4g}", "black", font,
-                      anchor="mm" if axis == 0 else "rm")
-    draw.rectangle((left, top, right, bottom), outline="black", width=2)
-    draw.text((W / 2, 34), title, "black", ImageFont.load_default(30), anchor="mm")
-    draw.text((W / 2, H - 28), x_label, "black", font, anchor="mm")
-    for i, (label, colour, thickness, xs, ys) in enumerate(lines):
-        draw.line([at(x, y) for x, y in zip(xs, ys)], colour, 2 * thickness, joint="curve")
-        y = top + 30 + 36 * i
-        draw.line((right - 250, y, right - 190, y), colour, 2 * thickness)
-        draw.text((right - 175, y), label, "black", font, anchor="lm")
-    return F.avg_pool2d(vision.pil_to_tensor(sheet)[None] / 255, 2)[0]
-
-
-TABLES = {"ablation": ablation_tables, "degradation": degradation_tables}
-FIGURES = {"ablation": ablation_figures, "degradation": degradation_figure}
+    draw.text((W / 2, 30), title, "black", ImageFont.load_default(30), anchor="mm")
+    for k in range(5):                          # a grid of five lines each way
+        x, y = x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4
+        draw.line([at(x, y0), at(x, y1)], "#dddddd", 2)
+        draw.line([at(x0, y), at(x1, y)], "#dddddd", 2)
+        draw.text((at(x, y0)[0], bottom + 26), f"{x:.4g}", "black", font, anchor="mm")
+        draw.text((left - 10, at(x0, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
+    for i, (name, points) in enumerate(lines.items()):
+        style = "#c0392b" if "34" in name else "#2471a3", 2 if "plain" in name else 6
+        x = left + 190 * i                      # of the legend
+        draw.line([at(*point) for point in points], *style, joint="curve")
+        draw.line([(x, 74), (x + 40, 74)], *style)
+        draw.text((x + 50, 74), name, "black", font, anchor="lm")
+    return F.avg_pool2d(vision.pil_to_tensor(sheet)[None] / 255, 2)[0]            # (3, H/2, W/2)
 
 
 def run(argv: list[str] | None) -> None:
@@ -437,9 +369,9 @@ def run(argv: list[str] | None) -> None:
                                      description="Train and compare variants of --small.")
     parser.add_argument("kind", choices=("paper", "degradation"),
                         help=f"paper: {', '.join(PAPER)}; degradation: {', '.join(NETWORKS)}")
-    parser.add_argument("--variants", metavar="A,B,..", help="only these [all]")
+    parser.add_argument("--variants", metavar="A,B,..", help="variants to train [all]")
     parser.add_argument("--seeds", metavar="N", type=int, default=1,
-                        help="how many, from --seed on [1]")
+                        help="number of seeds, from --seed on [1]")
     experiment(*train.parse(parser, argv))
 
 

@@ -5,25 +5,24 @@
     python -m appendix.bench smpl                # a body of the official size, in milliseconds
     python -m appendix.bench step --rounds 5     # --rounds N; step and grow take train.py's flags
 
-Axes:  B bodies or pictures   V vertices   24 joints   19 keypoints
-
 All numbers are medians, and what is compared is timed in turn, so that both are of one moment.
+
+Axes:  B bodies or pictures   C channels   V vertices   24 joints   19 keypoints
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
-import math
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import train
@@ -31,151 +30,109 @@ from data import seed_of
 from hmr import Discriminator
 from smpl import PARENTS, SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_status
 
-ROUNDS = {"step": 20, "grow": 5, "smpl": 15}
 
+def in_turn(ways: dict[str, Callable], rounds: int) -> list[float]:
+    """Each function's median seconds; all take turns, so that drift of the machine hits them alike.
 
-def in_turn(ways: dict, rounds: int, device: torch.device, twice=False) -> dict[str, Tensor]:
-    """Seconds (rounds,) of each named function, all in turn so that drift hits them alike.
-
-    twice: each runs twice and the second time counts, for functions of a few milliseconds.  The
-    first one may have to give back the memory that the function before it left.
+    Each runs twice and the second time counts: the first one may have to give back the memory that
+    the function before it left.  Two rounds warm up.
     """
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
     seconds = {name: [] for name in ways}
-    for _ in range(rounds + 2):                                       # two rounds to warm up
-        for name, run_once in ways.items():
-            if twice:
-                run_once()
-            begun = clock()
+    for _, (name, run_once) in itertools.product(range(rounds + 2), ways.items()):
+        times = []
+        for _ in range(2):
+            begun = time.perf_counter()
             run_once()
-            seconds[name].append(clock() - begun)
-    return {name: torch.tensor(s[2:], dtype=torch.float64) for name, s in seconds.items()}
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+        seconds[name].append(times[1])
+    return [statistics.median(times[2:]) for times in seconds.values()]
 
-
-# --------------------------------------------------------------------------------------------
-# step: what each part of a step costs, on top of the encoder that any such network pays for.
 
 STAGES = ("encoder: forward, backward, Adam", "+ regressor", "+ SMPL and losses",
-          "+ discriminators, L_adv", "+ pictures and motion", "+ rates and log: the whole loop")
+          "+ discriminators, L_adv", "+ pictures, motion, rates: the whole step")
+RECORDED = "the whole step, recorded as a CUDA graph"
 
 
-def bench_steps(config: train.Config, smpl: SMPL) -> dict:
-    """train()'s step, built up part by part: each of STAGES -> a function that does one step.
+def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict, int]:
+    """train()'s step, built up part by part: each of STAGES -> a function, and its number of steps.
 
-    A test holds the weights that the last one leaves against train()'s.
+    The number is 1, or on a GPU what the world draws ahead.  A test holds the weights that the last
+    stage leaves against train()'s.
     """
     torch.manual_seed(config.seed)
     model, D = train.build(config, smpl), Discriminator().to(config.device)
-    world = train.training_world(config, smpl)
+    world, numbers = train.training_world(config, smpl), itertools.count()
     D.amp = model.amp
-    opt_E = torch.optim.Adam(model.parameters(), config.lr, fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), config.lr_d, fused=True)
-    with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as out:  # no header
-        endless = dataclasses.replace(config, steps=2 ** 62, log_every=2 ** 62, out=out)
-        log = train.Log(endless)                                      # never comes to a line
+    opt_E, opt_D = (train.adam(net, rate, config)
+                    for net, rate in ((model, config.lr), (D, config.lr_d)))
     model.train(), D.train()
-    n, numbers = config.iterations * world.batch_size, itertools.count()
-    fixed, without_D = (world.batch(0), world.motion(n, 0)), dataclasses.replace(config, adv=False)
+    N, without_D = config.iterations * world.batch_size, dataclasses.replace(config, adv=False)
+    fixed = world.batch(0), world.motion(N, 0)
 
-    def descend(optimizer, loss):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def part(decode: Callable) -> None:         # a loss on the encoder's feature, (B, C), or more
+        opt_E.zero_grad()
+        decode(model.encode(fixed[0].image)).square().mean().backward()
+        opt_E.step()
 
-    def step(stage: int) -> None:
-        number = next(numbers) if stage >= 4 else 0
-        batch, motion = (world.batch(number), world.motion(n, number)) if stage >= 4 else fixed
-        if stage == 5:
-            for optimizer, rate in ((opt_E, config.lr), (opt_D, config.lr_d)):
-                optimizer.param_groups[0]["lr"] = rate * train.lr_factor(number, config)
-            torch.manual_seed(seed_of(config.seed, number, 0))
-            losses = train.train_step(model, D, opt_E, opt_D, batch, motion, config)
-            return log.add(number, losses)
-        if stage < 2:
-            feature = model.encode(batch.image)                       # (B, C)
-            out = feature if stage == 0 else torch.cat(model.regressor(feature))
-            return descend(opt_E, out.square().mean())
-        if stage == 2:
-            return train.train_step(model, D, opt_E, opt_D, batch, None, without_D)
-        train.train_step(model, D, opt_E, opt_D, batch, motion, config)
-    return {name: functools.partial(step, stage) for stage, name in enumerate(STAGES)}
+    def loss(batch, motion, config=config) -> train.Losses:
+        return train.train_step(model, D, opt_E, opt_D, batch, motion, config)
 
-
-def bench_inference(config: train.Config, smpl: SMPL, B: int) -> dict:
-    """The same for inference: name -> a function that does one forward pass of B pictures."""
-    model = train.build(config, smpl).eval()
-    image = torch.rand(B, 3, config.size, config.size, device=config.device)
-    image = image.contiguous(memory_format=torch.channels_last)
-    return {"encoder": lambda: model.encode(image),
-            "+ regressor, SMPL's keypoints": lambda: model(image),
-            "  the same with all vertices": lambda: model.decode(
-                model.regressor(model.encode(image))[-1], vertices=True)}
-
-
-def print_costs(seconds: dict[str, Tensor], pictures: int) -> None:
-    (first, *_), (*_, last) = seconds.values(), seconds.values()
-    before = 0.0
-    for name, s in seconds.items():
-        low, median, high = s.quantile(s.new_tensor([0.25, 0.5, 0.75])).tolist()
-        share, before = 100 * (median - before) / last.median().item(), median
-        print(f"{name:34s}{1000 * median:10.1f}  {f'[{1000 * low:.1f}, {1000 * high:.1f}]':20s}"
-              f"{(s / first).median():9.2f}{share:9.1f} %{pictures / median:10.1f}", flush=True)
+    def whole(step: Callable) -> None:
+        number = next(numbers)
+        for optimizer, rate in ((opt_E, config.lr), (opt_D, config.lr_d)):
+            train.set_rate(optimizer, rate * train.lr_factor(number, config))
+        batch, motion = world.batch(number), world.motion(N, number)
+        torch.manual_seed(seed_of(config.seed, number, 0))
+        step(batch, motion)
+    steps = dict(zip(STAGES, (
+        lambda: part(lambda feature: feature),
+        lambda: part(lambda feature: torch.cat(model.regressor(feature))),
+        lambda: loss(fixed[0], None, without_D), lambda: loss(*fixed), lambda: whole(loss))))
+    if train.records(config):
+        steps[RECORDED] = functools.partial(whole, train.RecordedStep(loss))
+    return {name: lambda step=step: [step() for _ in range(world.ahead)]
+            for name, step in steps.items()}, world.ahead
 
 
 def bench_step(config: train.Config, rounds: int) -> None:
-    """Print what the parts of a training step, and of inference, cost."""
-    device, smpl = torch.device(config.device), SMPL(config.smpl or None).to(config.device)
+    """Print what the parts of a training step cost, and inference."""
+    smpl = SMPL(config.smpl or None).to(config.device)
     print(f"ResNet-{config.depth} of width {config.width}, {config.size} px, batch {config.batch}, "
           f"V = {len(smpl.v_template)}, {train.PRECISION[config.amp]}; "
-          f"{train.device_name(config.device)}; medians of {rounds} rounds")
-    titles = f"{'ms':>10s}  {'[quartiles]':20s}{'x encoder':>9s}{'share':>11s}{'img/s':>10s}"
-    print(f"{'a training step':34s}" + titles)
-    print_costs(in_turn(bench_steps(config, smpl), rounds, device), config.batch)
-    print(f"peak memory of training: {peak_memory(device) / 2 ** 30:.2f} GiB")
-    with torch.inference_mode():
-        for B in (1, 64):
-            print(f"{f'inference, {B} at a time':34s}" + titles)
-            print_costs(in_turn(bench_inference(config, smpl, B), rounds, device), B)
+          f"{train.device_name(config.device)}; medians of {rounds} rounds\n"
+          f"{'':42s}{'ms':>9s}{'x encoder':>11s}{'img/s':>9s}")
+    steps, ahead = bench_steps(config, smpl)
+    seconds = [s / ahead for s in in_turn(steps, rounds)]
+    for name, s in zip(steps, seconds):
+        print(f"{name:42s}{1000 * s:9.1f}{s / seconds[0]:11.2f}{config.batch / s:9.1f}", flush=True)
+    model = train.build(config, smpl).eval()
+    for B in (1, 64):
+        image = torch.rand(B, 3, config.size, config.size, device=config.device)  # (B, 3, H, W)
+        with torch.inference_mode():
+            a, b = in_turn({"encoder": lambda: model.encode(image), "all": lambda: model.decode(
+                model.regressor(model.encode(image))[-1], vertices=True)}, rounds)
+        print(f"{f'inference, {B} at a time, all vertices':42s}{1000 * b:9.1f}{b / a:11.2f}"
+              f"{B / b:9.1f}", flush=True)
 
-
-def peak_memory(device: torch.device) -> float:
-    """Bytes: of the GPU's tensors, or of this process; NaN where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource                                               # not on Windows
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-# --------------------------------------------------------------------------------------------
-# grow: how a whole step's cost grows
 
 def bench_growth(config: train.Config, rounds: int) -> None:
     """Print how a whole training step's cost grows, one setting at a time."""
-    device, V = torch.device(config.device), len(SMPL(config.smpl or None).v_template)
-    print(f"{'':16s}{'img/s':>10s}{'ms':>10s}{'x encoder':>11s}   "
-          f"{train.device_name(config.device)}, medians of {rounds} rounds, the rest as depth "
-          f"{config.depth}, {config.size} px, batch {config.batch}, {train.PRECISION[config.amp]}")
+    V = len(SMPL(config.smpl or None).v_template)
+    print(f"depth {config.depth}, {config.size} px, batch {config.batch}, V = {V}, but for one; "
+          f"{train.PRECISION[config.amp]}; {train.device_name(config.device)}; medians of {rounds} "
+          f"rounds\n{'':16s}{'ms':>9s}{'x encoder':>11s}{'img/s':>9s}")
     for name, values in (("batch", (1, 4, 16, 64, 256)), ("size", (64, 96, 128, 224)),
-                         ("depth", (18, 34, 50, 101, 152)),
-                         ("vertices", sorted({V, max(V, 6890)}))):
+                         ("depth", (18, 34, 50, 101, 152)), ("vertices", (V, max(V, 6890)))):
         for value in values:
-            smpl = SMPL(config.smpl or None)
-            if name == "vertices":
-                smpl, changed = with_vertices(smpl, value), config
-            else:
-                changed = dataclasses.replace(config, **{name: value})
-            steps = bench_steps(changed, smpl.to(device))
-            seconds = in_turn({s: steps[s] for s in (STAGES[0], STAGES[-1])}, rounds, device)
-            encoder, whole = (s.median().item() for s in seconds.values())
-            print(f"{f'{name} {value}':16s}{changed.batch / whole:10.1f}{1000 * whole:10.1f}"
-                  f"{whole / encoder:11.2f}", flush=True)
+            smpl, of = SMPL(config.smpl or None), {name: value} if name != "vertices" else {}
+            smpl = smpl if of else with_vertices(smpl, value)
+            changed = dataclasses.replace(config, **of)
+            steps, ahead = bench_steps(changed, smpl.to(config.device))
+            encoder, whole = in_turn({key: steps[key] for key in (STAGES[0], STAGES[-1])}, rounds)
+            print(f"{f'{name} {value}':16s}{1000 * whole / ahead:9.1f}{whole / encoder:11.2f}"
+                  f"{changed.batch * ahead / whole:9.1f}", flush=True)
 
 
 def with_vertices(smpl: SMPL, V: int) -> SMPL:
@@ -190,21 +147,16 @@ def with_vertices(smpl: SMPL, V: int) -> SMPL:
     return smpl
 
 
-# --------------------------------------------------------------------------------------------
-# smpl: a body of the official size, against the textbook's way
-
 def official_sized(path: Path, V: int = 6890) -> None:
     """Write a body of random numbers of the official sizes and sparsity, to measure speed with."""
     rng = np.random.default_rng(0)
 
     def rows(n, nonzeros, width):               # each row: `nonzeros` equal weights that sum to 1
-        table = np.zeros((n, width), np.float32)
-        for row in table:
-            row[rng.choice(width, nonzeros, replace=False)] = 1 / nonzeros
-        return table
+        order = rng.permuted(np.tile(np.arange(width), (n, 1)), axis=1)           # (n, width)
+        return (order < nonzeros) / nonzeros
     np.savez(path, v_template=rng.normal(0, 0.4, (V, 3)), shapedirs=rng.normal(0, 0.01, (V, 3, 10)),
              posedirs=rng.normal(0, 0.002, (V, 3, 207)), J_regressor=rows(24, 32, V),
-             weights=rows(V, 4, 24), cocoplus_regressor=rows(19, 16, V),
+             weights=rows(V, 4, 24), cocoplus_regressor=rows(19, 16, V), mean_pose=np.zeros(72),
              f=np.arange(30).reshape(10, 3), kintree_table=[PARENTS, range(24)])
 
 
@@ -225,7 +177,7 @@ def textbook(smpl: SMPL, posedirs: Tensor, betas: Tensor, rotmats: Tensor) -> SM
 
 
 def bench_smpl(rounds: int) -> None:
-    """Milliseconds, medians; the three ways take turns, so that their ratios are of one moment."""
+    """Print milliseconds of the three ways, which take turns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("highest")                     # as in train.py
     with tempfile.TemporaryDirectory() as folder:
@@ -234,73 +186,42 @@ def bench_smpl(rounds: int) -> None:
     posedirs = smpl.posedirs.flatten(0, 1).T.contiguous()             # (207, 3V)
     ways = {"textbook": functools.partial(textbook, smpl, posedirs), "full": smpl,
             "keypoints": functools.partial(smpl, vertices=False)}
-    print(f"V = 6,890, float32, from rotation matrices, medians of {rounds} rounds; torch "
-          f"{torch.__version__} on {device.type}\n"
-          "threads    B  pass      textbook ms    full ms  ratio   keypoints only ms  ratio")
-    threads = torch.get_num_threads()
-    for n in (1,) if device.type == "cuda" else (1, 2):
-        torch.set_num_threads(n)
-        for B in (1, 16, 64, 256):
-            inputs = [torch.randn(B, 10, device=device), batch_rodrigues(
-                0.3 * torch.randn(B, 24, 3, device=device))]
-            for backward in (False, True):
-                inputs = [x.detach().requires_grad_(backward) for x in inputs]
-                seconds = in_turn({name: functools.partial(once, way, inputs, backward)
-                                   for name, way in ways.items()},
-                                  max(1, rounds // 2) if B > 64 else rounds, device, twice=True)
-                a, b, c = (1000 * times.median().item() for times in seconds.values())
-                print(f"{n:7d} {B:4d}  {'f + b' if backward else 'forward'} {a:14.2f} {b:10.2f} "
-                      f"{a / b:6.1f} {c:19.2f} {a / c:6.1f}", flush=True)
-    torch.set_num_threads(threads)
+    print(f"V = {len(smpl.v_template):,}, float32, from rotation matrices, medians of {rounds} "
+          f"rounds, torch {torch.__version__}, {train.device_name(device.type)}\n"
+          "   B  pass       textbook ms    full ms  ratio   keypoints only ms  ratio")
+    for B, backward in itertools.product((1, 16, 64, 256), (False, True)):
+        inputs = [x.to(device).requires_grad_(backward) for x in (
+            torch.randn(B, 10), batch_rodrigues(0.3 * torch.randn(B, 24, 3)))]
+        a, b, c = (1000 * s for s in in_turn({name: functools.partial(once, way, inputs)
+                                              for name, way in ways.items()}, rounds))
+        print(f"{B:4d}  {'f + b' if backward else 'forward':7s} {a:14.2f} {b:10.2f} {a / b:6.1f} "
+              f"{c:19.2f} {a / c:6.1f}", flush=True)
 
 
-def once(way, inputs: list[Tensor], backward: bool) -> None:
-    with torch.set_grad_enabled(backward):
-        out = [x for x in way(*inputs) if x is not None]
-    if backward:                                # a gradient arrives at everything that came out
-        torch.autograd.grad(out, inputs, [torch.ones(x.shape, device=x.device) for x in out])
-
-
-# --------------------------------------------------------------------------------------------
-# The command line
-
-def settings(parser: argparse.ArgumentParser,
-             argv: list[str] | None) -> tuple[argparse.Namespace, train.Config | None]:
-    """The command line -> what to time, and with which settings.  Raises ValueError."""
-    given, args = train.parse(parser, argv)
-    if args.rounds is not None and args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: expected at least 1")
-    if dist.is_torchelastic_launched():
-        raise ValueError("a bench times one process; leave torchrun out")
-    if args.what == "smpl":
-        for name in [train.flag(name) for name in given] + ["--small"] * args.small:
-            raise ValueError(f"{name}: smpl times a random body, and takes --rounds only")
-        return args, None
-    if "steps" in given:
-        raise ValueError(f"--steps {given['steps']}: a bench counts rounds; give --rounds")
-    given = {"pretrained": "none"} | given                            # as dear, and no download
-    config = train.make_config(given, train.small_preset(given) if args.small else {})
-    if not config.adv:
-        raise ValueError("--no-adv: a bench times the step with the adversary last; leave it out")
-    return args, config
+def once(way: Callable, inputs: list[Tensor]) -> None:
+    out = [x for x in way(*inputs) if x is not None]
+    if inputs[0].requires_grad:                 # a gradient arrives at everything that came out
+        torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
 
 
 def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m appendix.bench", allow_abbrev=False,
         description="Measure what a training step, its growth, or a body costs.")
-    parser.add_argument("what", choices=ROUNDS)
-    parser.add_argument("--rounds", type=int, metavar="N",
-                        help="how many [20 of step, 5 of grow, 15 of smpl]")
-    parser.add_argument("--small", action="store_true", help="train.py --small's step")
-    args, config = settings(parser, argv)
-    rounds = args.rounds or ROUNDS[args.what]
-    if args.what == "step":
-        bench_step(config, rounds)
-    elif args.what == "grow":
-        bench_growth(config, rounds)
-    else:
-        bench_smpl(rounds)
+    parser.add_argument("what", choices=("step", "grow", "smpl"))
+    parser.add_argument("--rounds", type=int, metavar="N", default=10, help="number of rounds [10]")
+    parser.add_argument("--small", action="store_true", help="settings of train.py --small")
+    given, args = train.parse(parser, argv)
+    if args.rounds < 1 or torch.distributed.is_torchelastic_launched():
+        raise ValueError(f"--rounds {args.rounds}: expected 1 or more, in one process")
+    if {"steps", "adv"} & set(given) or args.what == "smpl" and (given or args.small):
+        raise ValueError("--steps, --adv: a bench counts --rounds of the step with the adversary; "
+                         "smpl takes --rounds only")
+    if args.what == "smpl":
+        return bench_smpl(args.rounds)
+    given = {"pretrained": "none"} | given      # as dear, and no download
+    config = train.make_config(given, train.small_preset(given) if args.small else {})
+    (bench_step if args.what == "step" else bench_growth)(config, args.rounds)
 
 
 def main(argv: list[str] | None = None) -> int:

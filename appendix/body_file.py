@@ -1,43 +1,43 @@
-"""Official SMPL files: everything that is known of them, and how they are read without chumpy.
+"""Official SMPL files, and how they are read without chumpy.
 
-    python -m appendix.body_file SMPL_NEUTRAL.pkl body.npz   # writes the project's plain layout once
+    python -m appendix.body_file SMPL_NEUTRAL.pkl body.npz     # writes the project's plain layout
 
-`smpl.load_body` reads the project's own layout and calls `read_body_file` for any other file.
-
-An official file is a pickle of Python 2 that holds chumpy's and scipy's objects.  A pickle is a
-program.  `pickle.load` runs whatever the program says, and it needs chumpy, which no longer
-imports.  This module reads such a file in three steps:
-  1. `scan` reads the program without running it, and refuses one that is far longer than a body's
-     or that asks for much memory.
-  2. `BodyUnpickler` runs the program.  It knows the few names that such files hold and puts an
-     inert stand-in for each.  It imports nothing, calls nothing, and refuses any other name.
-  3. `plain` makes arrays of the stand-ins' parts, by functions that check what they are given.
-numpy's and scipy's own classes get stand-ins, too, because they trust a pickled state: a forged
-dtype makes numpy read anywhere in memory, and forged indices make scipy write anywhere.
+`smpl.load_body` reads the project's own layout and calls `read_body_file` for any other file.  An
+official file is a pickle of Python 2 that holds chumpy's and scipy's objects, and a pickle is a
+program.  `BodyUnpickler` runs it with an inert stand-in for each of the few names that such files
+hold.  It imports nothing, calls nothing, and refuses any other name.  `plain` makes arrays of the
+stand-ins.  numpy's and scipy's classes get stand-ins, too, because they trust a pickled state: a
+forged dtype makes numpy read anywhere in memory, and forged indices make scipy write anywhere.
 
 Axes:  V vertices   F triangles   24 joints   19 keypoints   10 betas   207 pose features
 """
 
 import argparse
+import functools
 import io
-import math
 import pickle
-import pickletools
 import re
 import sys
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
-import scipy.sparse
 
-from smpl import JOINT_NAMES, KEYPOINT_NAMES, PARENTS, exit_status, load_body, printable, \
-    write_atomically
+import smpl
+from smpl import JOINT_NAMES, KEYPOINT_NAMES, PARENTS, printable
 
 CHUMPY = ("Ch", "Select", "Reshape", "transpose")
 SPARSE = tuple(f"{kind}_{of}" for kind in ("csc", "csr", "coo") for of in ("matrix", "array"))
 # No module is imported, nor asked for: their names change with the versions (numpy.core, _core).
 NAMES = ("_reconstruct", "_frombuffer", "ndarray", "dtype", "scalar", *CHUMPY, *SPARSE,
-          "_reconstructor", "object", "set", "encode", "bytes")       # Python's own
+         "_reconstructor", "object", "set", "encode", "bytes")        # Python's own
+KEYS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f",
+        "cocoplus_regressor", "mean_pose")      # HMR's and this project's come last
+# What people get in place of a body: its first bytes, with which no pickle begins, and what to do.
+MISTAKEN = {b"<": "an HTML page: log in and download again",
+            b"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
+            b"\x1f\x8b": "a gzip archive: unpack it and name the file in it",
+            (b"{", b"["): "JSON: get an official .pkl"}
 
 
 class Refused(ValueError):
@@ -46,85 +46,91 @@ class Refused(ValueError):
 
 class StandIn:
     """An object of a pickle: its class's name, its arguments and its state, never acted on."""
-
     args, state = (), {}
 
     def __init__(self, *args):
-        self.args = args
+        self.args = args[:9]                    # no class here takes more
 
     def __setstate__(self, state):              # without it a pickle may set any attribute
         self.state = state
 
 
-class BodyUnpickler(pickle.Unpickler):
+class Tuple(tuple):
+    __hash__ = None         # to hash a tuple of one tuple twice, and so on 60 times, takes for ever
+
+
+def obey(code: int, run: Callable, unpickler: "BodyUnpickler") -> None:
+    """Run one instruction of a pickle, unless it could fill the memory; a body takes some 1,000."""
+    unpickler.left -= 1
+    is_call = code in pickle.REDUCE + pickle.NEWOBJ                   # its arguments: no long text
+    if unpickler.left < 0 or is_call and not isinstance(unpickler.stack[-1], tuple):
+        raise Refused("it asks for over 20,000 instructions, or for a call without arguments")
+    run(unpickler)
+    if unpickler.stack and type(unpickler.stack[-1]) is tuple:
+        unpickler.stack[-1] = Tuple(unpickler.stack[-1])
+
+
+class BodyUnpickler(pickle._Unpickler):
+    """The standard library's unpickler in Python, because its instructions can be replaced."""
+    left = 20_000
+    dispatch = {code: functools.partial(obey, code, run)
+                for code, run in pickle._Unpickler.dispatch.items()
+                if code not in pickle.DUP + pickle.FROZENSET + pickle.NEWOBJ_EX}    # of no body
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]    # bytes take no memory ahead
+
     def find_class(self, module, name):
         if name not in NAMES:
             raise Refused(f"it asks for {module:.80}.{name:.80}")
         return type(name, (StandIn,), {})
 
-    def persistent_load(self, name):
-        raise Refused("it asks for an object outside the file")
 
-
-class Ascii(io.BytesIO):
-    def readline(self, *_):                     # pickletools takes no other strings: here any do
-        return super().readline().translate(None, bytes([*b"\\", *range(128, 256)]))
-
-
-def scan(program: bytes, limit: int = 20_000) -> None:
-    """Refuse what would fill the memory or the stack; a body takes some 1,000 instructions.
-
-    The unpickler in C allocates as many memory slots as the highest number says, and a byte array
-    before it reads it (pickletools raises if the file ends before); a million nested tuples as a
-    dictionary's key end the process.
-    """
-    for n, (instruction, argument, _) in enumerate(pickletools.genops(Ascii(program))):
-        if n > limit or instruction.name.endswith("PUT") and argument > limit:
-            raise Refused(f"it asks for more than {limit:,} instructions or memory slots")
+def require_size(numbers: int) -> None:
+    if numbers > 2 ** 27:                       # 1 GiB as float64, and in an .npz at least a byte
+        raise Refused("it unpacks to more than 128 million numbers or bytes")
 
 
 def text_of(x):
     """A string of Python 2 or 3 or bytes, however written, as the text of these characters."""
-    if isinstance(x, StandIn):                 # encode(text, "latin1"), bytes(): protocols 0 to 2
+    if isinstance(x, StandIn):                  # encode(text, "latin1"), bytes(): protocols 0 to 2
         return "".join(x.args[:1])
-    return x.decode("latin1") if isinstance(x, (bytes, bytearray)) else x
+    return x.decode("latin1") if isinstance(x, bytes) else x
 
 
 def array_of(value: StandIn) -> np.ndarray:
-    """numpy's three ways to write numbers; frombuffer and reshape count them."""
-    kind, shape, order = type(value).__name__, (), "C"
-    if kind == "_frombuffer":                   # an array in protocol 5, unless it has gaps
+    """numpy's two ways to write an array; frombuffer and reshape count the numbers."""
+    if type(value).__name__ == "_frombuffer":   # in protocol 5, unless the array has gaps
         data, dtype, shape, order, *axes = value.args
-    elif kind == "scalar":
-        dtype, data = value.args
     else:                                       # _reconstruct, any array in any protocol
         _, shape, dtype, fortran, data = value.state
         order = "F" if fortran else "C"
     code = text_of(dtype.args[0])
     if not re.fullmatch("b1|f[248]|[iu][1248]", code):
         raise ValueError(f"an array of {code!r}, not of numbers")
-    stored = np.dtype(code).newbyteorder(text_of(dtype.state[1]))       # "<", ">" or "|"
+    stored = np.dtype(code).newbyteorder(text_of(dtype.state[1]))     # "<", ">" or "|"
     array = np.frombuffer(text_of(data).encode("latin1"), stored).astype(code, copy=False)
+    require_size(array.size)                    # a Select by so many bytes is 8 times as large
     if order == "K":                            # numpy 2.3: as in memory, and the order of the axes
         return array.reshape(shape).transpose(*axes)
     return array.reshape(shape, order=order)
 
 
 def dense(kind: str, part: dict) -> np.ndarray:
-    """scipy's matrix, built anew, so that scipy checks the indices (coo's without being asked)."""
-    data, shape = array_of(part["data"]), part.get("_shape") or part["shape"]
-    if math.prod(int(n) for n in shape) > 10 ** 7:      # SMPL's largest array: 6.2 million numbers
-        raise ValueError(f"a sparse matrix of shape {shape}")
-    make = getattr(scipy.sparse, kind)
+    """scipy's matrix as an array.  numpy itself checks the places, but for negative ones."""
+    data, (rows, columns) = array_of(part["data"]), part.get("_shape") or part["shape"]
+    if not (0 < rows < 10 ** 5 and 0 < columns < 10 ** 5 and rows * columns < 10 ** 7):
+        raise ValueError(f"a sparse matrix of shape ({rows}, {columns})")
     if kind.startswith("coo"):
-        places = part.get("coords") or (part["row"], part["col"])
-        return make((data, tuple(array_of(axis) for axis in places)), shape=shape).toarray()
-    matrix = make((data, array_of(part["indices"]), array_of(part["indptr"])), shape=shape)
-    matrix.check_format(full_check=True)
-    # ... which looks at no index where indptr ends in 0, and takes differences that wrap at 2^31
-    if (matrix.indptr[1:] < matrix.indptr[:-1]).any():
-        raise ValueError("a sparse matrix whose indptr falls")
-    return matrix.toarray()
+        places = [array_of(x) for x in part.get("coords") or (part["row"], part["col"])]
+    else:                                       # indptr: where each row (csc: column) begins
+        count = np.diff(array_of(part["indptr"]).astype(np.int64)).clip(0)
+        if count.sum() != len(data):
+            raise ValueError("a sparse matrix whose indptr does not count its numbers")
+        places = [np.repeat(np.arange(len(count)), count), array_of(part["indices"])]
+    if any(place.shape != data.shape or (place < 0).any() for place in places):
+        raise ValueError("a sparse matrix with a number that has no place in it")
+    matrix = np.zeros((rows, columns))
+    np.add.at(matrix, tuple(places[::-1] if kind.startswith("csc") else places), data)
+    return matrix
 
 
 def plain(value) -> np.ndarray:
@@ -132,71 +138,59 @@ def plain(value) -> np.ndarray:
     kind = type(value).__name__
     if kind == "_reconstructor":                # protocols 0 and 1
         kind = value.args[0].__name__
-    if kind in ("_reconstruct", "_frombuffer", "scalar"):
+    if kind in ("_reconstruct", "_frombuffer"):
         return array_of(value)
     if kind not in CHUMPY + SPARSE:
         raise ValueError(f"{kind} where numbers should be")
     part = {text_of(key): x for key, x in value.state.items()}
     if kind in SPARSE:
         return dense(kind, part)
-    array = plain(part["x" if kind == "Ch" else "a"])
+    array, shape = plain(part["x" if kind == "Ch" else "a"]), part.get("newshape")
     if kind == "Select":
-        array = array.ravel()[array_of(part["idxs"])]
-        return array.reshape(part.get("preferred_shape", array.shape))
-    if kind == "Reshape":
-        return array.reshape(part["newshape"])
-    return array.transpose(part.get("axes")) if kind == "transpose" else array
-
-
-KEYS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
-OWN_KEYS = ("cocoplus_regressor", "mean_pose")    # HMR's; this project's
-# What people get in place of a body: its first bytes, with which no pickle begins, and what to do.
-MISTAKEN = {b"<": "an HTML page: log in and download again",
-             b"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
-             b"\x1f\x8b": "a gzip archive: unpack it and name the file in it",
-             (b"{", b"["): "JSON: get an official .pkl"}
+        array, shape = array.ravel()[array_of(part["idxs"])], part.get("preferred_shape")
+    return array.transpose(part.get("axes")) if kind == "transpose" else array.reshape(
+        array.shape if shape is None else shape)
 
 
 def read_arrays(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an .npz or pickle under the keys above, still to be checked."""
+    """The arrays of an .npz or pickle under KEYS, still to be checked.  Raises ValueError."""
     for beginning, what in MISTAKEN.items():
         if content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(beginning):
             raise ValueError(f"neither an .npz nor an SMPL .pkl but {what}")
+    is_zip, arrays = content[:2] == b"PK", {}   # an .npz, whatever the file is called
     try:
-        if content[:2] == b"PK":                # a zip: .npz, whatever the file is called
+        if is_zip:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                if sum(member.file_size for member in file.zip.infolist()) > 2 ** 30:
-                    raise Refused("it unpacks to more than 1 GiB")
-                return {key: file[key] for key in file.files if key in KEYS + OWN_KEYS}
-        scan(content)
+                require_size(sum(member.file_size for member in file.zip.infolist()))
+                return {key: np.asarray(file[key]) for key in KEYS if key in file.files}
         raw = BodyUnpickler(io.BytesIO(content), encoding="latin1").load()
-        if isinstance(raw, dict):
-            raw = {text_of(key): value for key, value in raw.items()}
-            return {key: plain(raw[key]) for key in KEYS + OWN_KEYS if key in raw}
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected a dict of SMPL arrays, found {type(raw).__name__}")
+        for key, value in raw.items():
+            if text_of(key) in KEYS:
+                arrays[text_of(key)] = plain(value)
+                require_size(sum(array.size for array in arrays.values()))
+        return arrays
     except Refused as error:
-        raise ValueError(f"refused, {error}; an official SMPL .pkl needs nothing of the kind, get "
-                         f"that file") from None
+        raise ValueError(f"refused, {error}; get an official SMPL .pkl, which needs nothing of the "
+                         f"kind") from None
     except Exception as error:
-        what = ("not a whole .npz of plain number arrays" if content[:2] == b"PK" else
+        what = ("not a whole .npz of plain number arrays" if is_zip else
                 "neither an .npz nor a readable SMPL .pkl")
         raise ValueError(f"{what} ({type(error).__name__}: {error!s:.200}); it may be truncated, "
                          f"get the file again") from None
-    raise ValueError(f"expected a pickled dict of SMPL arrays, found {type(raw).__name__}; use an "
-                     f"official SMPL .pkl")
 
 
 def approximate_keypoints(template: np.ndarray, J_regressor: np.ndarray) -> np.ndarray:
     """For official files without HMR's regressor: 19 keypoints from joints and skin -> (19, V).
 
-    Limbs and neck are J_regressor's rows, applied to the posed skin (so that in a bent pose they
-    are near the 24 joints but not equal to them); the face is five vertices of the official mesh
-    (the paper's footnote is one too high) and the head's top its highest vertex.  Approximate:
-    SMPL's hips, neck and ankles are not where LSP's annotators click.
+    Limbs and neck are J_regressor's rows, applied to the posed skin, so that they are near the 24
+    joints.  (LSP's annotators click elsewhere.)  The face is five vertices of the official mesh,
+    whose numbers in the paper's footnote are one too high, and the head's top the highest vertex.
     """
     if len(template) != 6890:
-        raise ValueError("lacks cocoplus_regressor (the 19 keypoints), which can only be "
-                         "approximated for SMPL's own mesh of 6890 vertices; use HMR's "
-                         "neutral_smpl_with_cocoplus_reg.pkl")
+        raise ValueError("lacks cocoplus_regressor, which can only be approximated for SMPL's own "
+                         "mesh of 6890 vertices; use HMR's neutral_smpl_with_cocoplus_reg.pkl")
     regressor = np.zeros((19, 6890))
     regressor[:13] = J_regressor[[JOINT_NAMES.index(name) for name in KEYPOINT_NAMES[:13]]]
     vertices = (template[:, 1].argmax(), 332, 2800, 6260, 583, 4071)    # head top, nose, eyes, ears
@@ -205,45 +199,39 @@ def approximate_keypoints(template: np.ndarray, J_regressor: np.ndarray) -> np.n
 
 
 def checked(raw: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    missing = [key for key in KEYS if key not in raw]
-    if missing:
+    """Arrays of a file of this name -> what `smpl.load_body` returns.  Raises ValueError."""
+    if missing := [key for key in KEYS[:7] if key not in raw]:
         raise ValueError(f"lacks {', '.join(missing)}; expected the keys of an SMPL file")
-    for key, array in raw.items():
-        if array.dtype.kind not in "fiu" or not array.size:
-            raise ValueError(f"{key} is {array.dtype!s:.80} {array.shape}, expected numbers; is it "
-                             f"an SMPL file?")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{key} holds NaN or infinity; get the file again")
     tree = raw["kintree_table"]
+    is_table = tree.ndim == 2 and tree.size and tree.dtype.kind in "fiu"
     # The official table stores the root's parent as 4294967295, which is -1 in uint32.
-    parents = tree[0].astype(np.int64).astype(np.int32) if tree.ndim == 2 else np.zeros(0)
+    parents = tree[0].astype(np.int64).astype(np.int32) if is_table else np.zeros(0)
     if parents.tolist() != list(PARENTS):
-        others = {16: ", as MANO", 52: ", as SMPL-H", 55: ", as SMPL-X"}
+        kind = {16: ", as MANO", 52: ", as SMPL-H", 55: ", as SMPL-X"}.get(len(parents), "")
         raise ValueError(f"kintree_table is not SMPL's tree of 24 joints (this one has "
-                         f"{len(parents)}{others.get(len(parents), '')}); use SMPL's own file")
-    V = raw["v_template"].size // 3             # its shape is checked below
-    shapes = {"v_template": (V, 3), "shapedirs": (V, 3, 10), "posedirs": (V, 3, 207),
+                         f"{len(parents)}{kind}); use SMPL's own file")
+    if raw["shapedirs"].ndim == 3 and raw["shapedirs"].shape[2] > 10:
+        print(f"{name} has {raw['shapedirs'].shape[2]} betas: the first 10 are used, as in HMR")
+        raw["shapedirs"] = raw["shapedirs"][:, :, :10]
+    V, F = raw["v_template"].size // 3, raw["f"].size // 3
+    shapes = {"v_template": (V, 3), "shapedirs": (V, 3, 10), "posedirs": (V, 3, 207), "f": (F, 3),
               "J_regressor": (24, V), "weights": (V, 24), "cocoplus_regressor": (19, V),
-              "mean_pose": (72,)}
-    raw.setdefault("mean_pose", np.zeros(72))   # official files have none: it is a file beside them
-    data = {}
-    for key, shape in shapes.items():
-        if key not in raw:
-            raw[key] = approximate_keypoints(data["v_template"], data["J_regressor"])
-            print(f"{name} has no cocoplus_regressor: the 19 keypoints are approximate")
-        array = raw[key]
-        if key == "shapedirs" and array.ndim == 3 and array.shape[2] > 10:
-            print(f"{name} has {array.shape[2]} betas: the first 10 are used, as in HMR")
-            array = array[:, :, :10]
-        if array.shape != shape:
-            raise ValueError(f"{key} is {array.dtype} {array.shape}, expected numbers of shape "
-                             f"{shape}; is it an SMPL file?")
+              "mean_pose": (72,), "kintree_table": (2, 24)}
+    data = {"mean_pose": np.zeros(72)}          # official files have none: it is a file beside them
+    for key, array in raw.items():
+        if array.dtype.kind not in "fiu" or not array.size or array.shape != shapes[key]:
+            raise ValueError(f"{key} is {array.dtype!s:.80} {array.shape}, expected numbers of "
+                             f"shape {shapes[key]}; is it an SMPL file?")
         data[key] = array.astype(np.float64)
-    data["parents"], f = parents, raw["f"]
-    if f.ndim != 2 or f.shape[1] != 3 or (f % 1).any() or f.min() < 0 or f.max() >= V:
-        raise ValueError(f"f must be (F, 3) vertex numbers below {V}; get the file again")
-    data["f"] = f.astype(np.int64)
-    return data
+        if not np.abs(data[key]).max() < 1e15:  # products of two must fit float32
+            raise ValueError(f"{key} holds NaN, infinity or over 10^15; get the file again")
+    if "cocoplus_regressor" not in data:
+        data["cocoplus_regressor"] = approximate_keypoints(data["v_template"], data["J_regressor"])
+        print(f"{name} has no cocoplus_regressor: the 19 keypoints are approximate")
+    f = data["f"].astype(np.int64)
+    if (f != data["f"]).any() or f.min() < 0 or f.max() >= V:
+        raise ValueError(f"f must be vertex numbers below {V}; get the file again")
+    return {key: data[key] for key in KEYS if key != "kintree_table"} | {"f": f, "parents": parents}
 
 
 def read_body_file(path: Path) -> dict[str, np.ndarray]:
@@ -251,29 +239,24 @@ def read_body_file(path: Path) -> dict[str, np.ndarray]:
 
     Raises ValueError with one sentence that names file, key and remedy, or OSError.
     """
-    content = path.read_bytes()
     try:
-        if not content:
-            raise ValueError("an empty file; get it again")
-        return checked(read_arrays(content), printable(path.name))
+        if not 0 < path.stat().st_size <= 2 ** 30:
+            raise ValueError("an empty file or one of over 1 GiB; get it again")
+        return checked(read_arrays(path.read_bytes()), printable(path.name))
     except ValueError as error:
         raise ValueError(printable(f"{path}: {error}")) from None
 
 
 def write_plain(source: Path, target: Path) -> None:
     """Write the body of one file in the plain layout.  Raises ValueError, OSError."""
-    if target.exists():
-        raise ValueError(f"{target}: is there already; name another file")
-    if target.suffix != ".npz":
-        raise ValueError(f"{target}: expected a name that ends in .npz")
-    arrays = load_body(source)
-    # the layout that `smpl.load_body` reads: the tree as the official files store it
-    arrays["kintree_table"] = np.stack([arrays.pop("parents"), np.arange(24)]).astype(np.int64)
-    file = io.BytesIO()
+    if target.exists() or target.suffix != ".npz":
+        raise ValueError(f"{target}: expected the name of a new file, which ends in .npz")
+    arrays, file = smpl.load_body(source), io.BytesIO()
+    arrays["kintree_table"] = np.stack([arrays.pop("parents"), range(24)])    # as official files
     np.savez_compressed(file, **arrays)
-    write_atomically(target, file.getvalue())
-    print(printable(f"wrote {target}: {len(arrays['v_template']):,} vertices; the file it was made "
-                    f"of keeps its licence"))
+    smpl.write_atomically(target, file.getvalue())
+    print(printable(f"wrote {target}: {len(arrays['v_template']):,} vertices; the licence is that "
+                    f"of the file it was made of"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,8 +264,8 @@ def main(argv: list[str] | None = None) -> int:
                                      description="Write a body file in the project's plain layout.")
     parser.add_argument("source", type=Path, metavar="IN.pkl", help="an SMPL .pkl or .npz")
     parser.add_argument("target", type=Path, metavar="OUT.npz", help="the file to write")
-    args = parser.parse_args(argv)
-    return exit_status("body_file.py", lambda: write_plain(args.source, args.target))
+    args = vars(parser.parse_args(argv))
+    return smpl.exit_status("body_file.py", lambda: write_plain(**args))
 
 
 if __name__ == "__main__":

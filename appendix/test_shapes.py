@@ -45,7 +45,6 @@ def place(path: str, line: int) -> str:
     return f"{Path(path).name}:{line}"
 
 
-# --------------------------------------------------------------------------------------------
 # The lines.  A statement, or the head of a compound one, goes by the number of its first line.
 
 def statements(source: str) -> dict[int, ast.stmt]:
@@ -79,10 +78,11 @@ def results(node: ast.stmt) -> list[str]:
         return [ast.unparse(t) for t in found if ast.unparse(t) != "_" and not (
             isinstance(t, ast.Subscript) and not isinstance(getattr(t.slice, "value", None), str))]
     text = ast.unparse(node)
-    if appended := re.match(r"([\w.]+)\.append\(", text):
-        return [appended[1] + "[-1]"]
-    kept = re.match(r"self\.(register_buffer|_constant)\('(\w+)'", text)
-    return ["self." + kept[2]] if kept else []
+    for pattern, result in ((r"([\w.]+)\.append\(", "{}[-1]"), (r"([\w.]+)\.copy_\(", "{}"),
+                            (r"self\.register_buffer\('(\w+)'", "self.{}")):
+        if found := re.match(pattern, text):
+            return [result.format(found[1])]
+    return []
 
 
 @functools.cache
@@ -103,9 +103,6 @@ def look_up(texts: list[str], frame) -> list:
             pass
     return values
 
-
-# --------------------------------------------------------------------------------------------
-# The run
 
 def shapes(value) -> tuple | None:
     """A tensor's or array's shape; ("list" or "dict", shape, ..) for a list or dict of them."""
@@ -221,8 +218,10 @@ def run(folder: Path) -> None:
     """The chapters' functions once at least, in sizes that differ from each other."""
     train.train(train.Config(
         depth=18, width=8, size=64, look="plain", upright=True, batch=5, steps=1, device="cpu",
-        pretrained="none", amp="off", eval_pictures=7, out=str(folder / "run")))
+        pretrained="none", amp="off", eval_pictures=7, out=str(folder / "run")),
+        theta_bar=lambda rotation: hmr.mean_theta(torch.zeros(72), rotation))
     model, D, config = train.load(folder / "run" / "checkpoint.pt", device="cpu")
+    train.print_clips(model, config)
     body, theta = model.smpl, torch.rand(3, 157).requires_grad_()        # with 6D rotations
     hmr.mean_theta(body.mean_pose, "6d")
     world = data.SyntheticPeople(body, data.load_mocap(False, False), 3, 32, "hard")
@@ -247,9 +246,6 @@ def watch(tmp_path_factory) -> Watch:
         torch.set_num_threads(threads)
     return watch
 
-
-# --------------------------------------------------------------------------------------------
-# The comments
 
 def fits(text: str, size: int, known: dict[str, int]) -> bool:
     """Is this axis so long?  A letter that is not known yet is solved for, and then known."""
@@ -349,26 +345,17 @@ def test_lines_that_reshape_say_the_shape(watch):
 
 
 def test_a_number_changed_by_one_is_caught(watch):
-    """Every number of every comment; ten of these lies are told in copies of the chapters."""
-    numbers = [(path, line, digits) for path, texts in watch.comments.items()
-               for line, text in texts.items() for digits in re.finditer(
-                   r"\d+", re.match(f"{SHAPE}(, {SHAPE})*( -> {SHAPE})?", text)[0])]
-    missed = []
-    for i, (path, line, digits) in enumerate(numbers):
-        text, (start, end) = watch.comments[path][line], digits.span()
-        lie = text[:start] + str(int(digits[0]) + 1) + text[end:]
-        texts = watch.comments[path] | {line: lie}
-        if i % (len(numbers) // 10 + 1) == 0:
-            copy = SOURCES[path].split("\n")
-            for at in range(line - 1, watch.nodes[path][line].end_lineno):
-                copy[at] = copy[at].replace("# " + text, "# " + lie)
-            texts = comments("\n".join(copy))
-            told = [each for each in all_lies(watch, path, texts, line)
-                    if each.startswith(f"{place(path, line)}: # {lie}, but live: ")]
-            assert told, f"{place(path, line)}: # {lie}: nobody minds"
-            print(min(told))
-        elif not all_lies(watch, path, texts, line):
-            missed.append(f"{place(path, line)}: # {lie}")
-    print(f"{len(numbers)} numbers changed by one, {len(missed)} of them unnoticed:", *missed)
+    """Every number of every comment is made to lie."""
+    missed, told = [], []
+    for path, texts in watch.comments.items():
+        for line, text in texts.items():
+            said = re.match(f"{SHAPE}(, {SHAPE})*( -> {SHAPE})?", text)[0]
+            for digits in re.finditer(r"\d+", said):
+                start, end = digits.span()
+                lie = text[:start] + str(int(digits[0]) + 1) + text[end:]
+                name = f"{place(path, line)}: # {lie}"
+                found = all_lies(watch, path, texts | {line: lie}, line)
+                (told if any(name in each for each in found) else missed).append(name)
+    print(f"{len(told) + len(missed)} numbers changed by one, {len(missed)} unnoticed:", *missed)
     # A letter that stands nowhere else in its function may mean anything, as C in C + 85.
-    assert len(missed) <= 0.02 * len(numbers), "\n".join(missed)
+    assert len(told) > 200 and len(missed) <= 0.02 * len(told), "\n".join(missed)

@@ -340,18 +340,26 @@ def test_bad_settings_leave_no_folder_behind(tmp_path, capsys):
 
 
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
-    """SIGKILL, which no program can handle, somewhere in the middle."""
-    flags = [*SHORT, "--seed", "3", "--steps", "20"]
-    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    quick = "import train, sys; train.SAVE_SECONDS = 0; sys.exit(train.main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", quick, *flags, "--out",
-                                str(tmp_path / "killed")], cwd=HERE, stdout=subprocess.PIPE)
-    for line in process.stdout:
+    """SIGKILL, which no program can handle, somewhere in the middle.
+
+    Each run is a process of one thread: the order of a sum depends on the number of threads.
+    """
+    program = "import train, sys; train.SAVE_SECONDS = 0; sys.exit(train.main(sys.argv[1:]))"
+
+    def start(*flags: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", program, *flags], cwd=HERE,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    flags = [*SHORT, "--seed", "3", "--steps", "20", "--out"]
+    whole, killed = start(*flags, str(tmp_path / "whole")), start(*flags, str(tmp_path / "killed"))
+    for line in killed.stdout:
         if line.split()[:1] == [b"9"]:
             break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert train.main(["--resume", "--out", str(tmp_path / "killed"), "--device", "cpu"]) == 0
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    again = start("--resume", "--out", str(tmp_path / "killed"), "--device", "cpu")
+    for process in (whole, again):
+        process.communicate()
+        assert process.returncode == 0
     a, b = (weights_of(tmp_path / name) for name in ("whole", "killed"))
     assert b["step"] == 20
     for key in ("model", "discriminator", "opt_E", "opt_D"):

@@ -5,38 +5,21 @@ body in SMPL's file format; also assets/posedirs.png, what the body's pose blend
     python assets/make_assets.py                                  # about a minute, one core
 
 The body is MakeHuman's (public domain, CC0), as packed in anny: its mesh of 1,229 vertices, brought
-to SMPL's T-pose, joints and keys. Only data inside the wheel is used, and nothing of SMPL's. The
+to SMPL's T-pose, joints and keys.  Only data inside the wheel is used, and nothing of SMPL's.  The
 first run also makes anny's own cache (0.6 GB in ~/.cache/anny, or $ANNY_CACHE_DIR); throw it away.
 The motion is that of 15 clips in the pybullet wheel (zlib licence), which carry DeepMimic's
-skeleton; pybullet itself is not started. The body's mean_pose is computed from them.
+skeleton; pybullet itself is not started.  The body's mean_pose is computed from them.
 The pose blend shapes are learned from dual-quaternion skinning on those clips.
-A second run writes the same bytes. It prints, in 58 s on one core (numpy 2.4, torch 2.13, CPU):
 
-    mocap.npz: 430 KiB, 15 clips, 1620 frames; frames and largest tilt of the root, degrees:
-      (a line a clip: the table in assets/README.md)
-    body.npz: 172 KiB, 1229 vertices, 2454 triangles, volume of the template 69.7 l
-    1000 new sampled adults: stature 1.72 +- 0.08 m, 1.53 to 1.91; BMI 23.9 +- 3.5, 16.1 to 40.4
-    2000 draws of betas ~ N(0, 1): stature 1.72 +- 0.08 m, 1.47 to 1.97;
-                                                                  BMI 23.9 +- 3.6, 13.7 to 36.4
-    beta 0..9: share of variance        0.83  0.07  0.05  0.02  0.01  0.01  0.00  0.00  0.00  0.00
-               correlation with stature  0.99 -0.00 -0.07  0.06  0.01 -0.00  0.01 -0.03 -0.02  0.03
-               correlation with BMI      0.28  0.95  0.16  0.03  0.04  0.02 -0.00  0.09 -0.02 -0.01
-    new adults through 10 betas: 1.6 mm a vertex, worst adult 4.6 mm
-    J_regressor on new adults: mean 2.2 mm, worst 14 mm (hips and shoulders)
-    keypoint to joint, mean/worst of 500 in mm
-      T-pose          LHip 8/23, LKnee 5/15, LAnkle 1/3, LShoulder 3/10, LElbow 4/14, LWrist 1/4
-      random poses    LHip 10/25, LKnee 5/15, LAnkle 2/4, LShoulder 4/9, LElbow 4/13, LWrist 1/3
-      L_elbow bent 90 LHip 8/23, LKnee 5/12, LAnkle 1/3, LShoulder 3/10, LElbow 4/11, LWrist 1/3
-      L_knee bent 90  LHip 8/27, LKnee 4/11, LAnkle 1/4, LShoulder 3/8, LElbow 4/13, LWrist 1/4
-    posedirs: 4.1% of the numbers are not zero
-    distance to dual-quaternion skinning without -> with them, 321 held-out frames, mm
-      (the table in assets/README.md)
-
-The keys, what differs from SMPL's file, and what of the motion is invented: see assets/README.md.
+A second run writes the same bytes.  Another processor may write other last bits, because linear
+algebra adds up in another order there: on one, 2 of the 29,496 numbers of J_regressor differed from
+the file in this folder, by 5e-10.  The keys, what differs from SMPL's file, how good the body is,
+and what of the motion is invented: see assets/README.md.
 """
 import importlib.util
 import json
 import os
+import sys
 from glob import glob
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -48,36 +31,30 @@ from scipy.optimize import nnls
 from scipy.spatial.transform import Rotation
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.dirname(HERE))
+import torch
+from data import HELD_OUT, LIMBS, UPRIGHT, draw_mesh, save_png
+from smpl import FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, PARENTS
 
 # Axis legend: N sampled bodies, V vertices (1229), F triangles (2454), B bones of the source rig
 # (104), J joints of SMPL (24), K keypoints (19). All positions are metres in SMPL's frame:
 # y up, the person faces +z, and so the person's left hand is at +x.
 
 # ------------------------------------------------------------------------------------------------
-# SMPL's skeleton, and which bones of the MakeHuman rig stand for which joint
+# Which bones of the MakeHuman rig stand for which joint of SMPL
 # ------------------------------------------------------------------------------------------------
-JOINTS = ("pelvis", "L_hip", "R_hip", "spine1", "L_knee", "R_knee", "spine2", "L_ankle", "R_ankle",
-          "spine3", "L_foot", "R_foot", "neck", "L_collar", "R_collar", "head", "L_shoulder",
-          "R_shoulder", "L_elbow", "R_elbow", "L_wrist", "R_wrist", "L_hand", "R_hand")
-PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
-J_MIRROR = (0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10, 12, 14, 13, 15, 17, 16, 19, 18, 21, 20, 23, 22)
-KEYPOINTS = ("RAnkle", "RKnee", "RHip", "LHip", "LKnee", "LAnkle", "RWrist", "RElbow", "RShoulder",
-             "LShoulder", "LElbow", "LWrist", "Neck", "HeadTop", "Nose", "LEye", "REye", "LEar",
-             "REar")
-K_MIRROR = (5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 6, 12, 13, 14, 16, 15, 18, 17)
-
 # A bone's skinning weight goes to the joint named here, or else to its parent's joint: so the toes
-# follow "foot" or L_foot, and the second halves of the limbs (upperarm02, ...) follow the first.
-# The thumb stays with the wrist: it is hinged at the wrist, not at the knuckles as L_hand is.
+# follow "foot" or left_foot, and the second halves of the limbs (upperarm02, ...) follow the first.
+# The thumb stays with the wrist: it is hinged at the wrist, not at the knuckles as left_hand is.
 BONE_TO_JOINT = {"root": "pelvis", "spine03": "spine1", "spine02": "spine2", "spine01": "spine3",
                  "neck01": "neck", "head": "head",
-                 "upperleg01.L": "L_hip", "lowerleg01.L": "L_knee", "foot.L": "L_ankle",
-                 "clavicle.L": "L_collar", "upperarm01.L": "L_shoulder",
-                 "lowerarm01.L": "L_elbow", "wrist.L": "L_wrist",
-                 **{f"toe{i}-1.L": "L_foot" for i in range(1, 6)},
-                 **{f"finger{i}-1.L": "L_hand" for i in range(2, 6)}}
-BONE_TO_JOINT.update({b[:-1] + "R": "R" + j[1:] for b, j in list(BONE_TO_JOINT.items())
-                      if b.endswith(".L")})
+                 "upperleg01.L": "left_hip", "lowerleg01.L": "left_knee", "foot.L": "left_ankle",
+                 "clavicle.L": "left_collar", "upperarm01.L": "left_shoulder",
+                 "lowerarm01.L": "left_elbow", "wrist.L": "left_wrist",
+                 **{f"toe{i}-1.L": "left_foot" for i in range(1, 6)},
+                 **{f"finger{i}-1.L": "left_hand" for i in range(2, 6)}}
+BONE_TO_JOINT.update({bone[:-1] + "R": joint.replace("left", "right")
+                      for bone, joint in list(BONE_TO_JOINT.items()) if bone.endswith(".L")})
 
 # A joint's place is the mean of these bones' heads (a bone named twice counts twice). Most sit at
 # the head of their own bone. Exceptions that follow SMPL: the pelvis is half way between hips and
@@ -90,14 +67,14 @@ BONE_TO_JOINT.update({b[:-1] + "R": "R" + j[1:] for b, j in list(BONE_TO_JOINT.i
 JOINT_AT = {"pelvis": ("upperleg01.L", "upperleg01.R", "spine03", "spine03"),
             "spine1": ("spine03",), "spine2": ("spine03",) * 5 + ("neck01",) * 3,
             "spine3": ("spine03", "neck01"), "neck": ("neck01",), "head": ("head",),
-            "L_hip": ("upperleg01.L",), "L_ankle": ("foot.L",),
-            "L_knee": ("upperleg02.L",) * 2 + ("lowerleg02.L",) * 3,
-            "L_foot": tuple(f"toe{i}-1.L" for i in range(1, 6)),
-            "L_collar": ("clavicle.L", "shoulder01.L"), "L_shoulder": ("upperarm01.L",),
-            "L_elbow": ("lowerarm01.L",), "L_wrist": ("wrist.L",),
-            "L_hand": tuple(f"finger{i}-1.L" for i in range(2, 6))}
-JOINT_AT.update({"R" + j[1:]: tuple(b[:-1] + "R" for b in bones)
-                 for j, bones in list(JOINT_AT.items()) if j.startswith("L_")})
+            "left_hip": ("upperleg01.L",), "left_ankle": ("foot.L",),
+            "left_knee": ("upperleg02.L",) * 2 + ("lowerleg02.L",) * 3,
+            "left_foot": tuple(f"toe{i}-1.L" for i in range(1, 6)),
+            "left_collar": ("clavicle.L", "shoulder01.L"), "left_shoulder": ("upperarm01.L",),
+            "left_elbow": ("lowerarm01.L",), "left_wrist": ("wrist.L",),
+            "left_hand": tuple(f"finger{i}-1.L" for i in range(2, 6))}
+JOINT_AT.update({joint.replace("left", "right"): tuple(bone[:-1] + "R" for bone in bones)
+                 for joint, bones in list(JOINT_AT.items()) if joint.startswith("left")})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -107,7 +84,7 @@ class Source:
     """anny's model, reduced to what is needed: parameters in, rest-pose mesh and bone heads out."""
 
     def __init__(self):
-        import anny, torch                            # here: only this section needs them
+        import anny                                   # here: only this section needs it
         torch.set_num_threads(1)                      # summation order, and so bits, stay the same
         self.model = anny.Anny(topology="notoes_collapse10pc", rig="anny", phenotypes="all",
                                extrapolate_phenotypes=True, skinning_method="lbs")
@@ -267,8 +244,8 @@ def skinning_weights(source, v_mirror):
         k = i
         while source.bones[k] not in BONE_TO_JOINT:
             k = source.parents[k]
-        w[:, JOINTS.index(BONE_TO_JOINT[source.bones[k]])] += source.weights[:, i]
-    w = (w + w[v_mirror][:, J_MIRROR]) / 2
+        w[:, JOINT_NAMES.index(BONE_TO_JOINT[source.bones[k]])] += source.weights[:, i]
+    w = (w + w[v_mirror][:, FLIP_JOINTS]) / 2
     # SMPL too keeps 4 joints a vertex. Of a tied left-right pair in fifth place neither is kept.
     w[w <= np.sort(w, 1)[:, [-5]]] = 0
     w[w < 1e-3] = 0
@@ -298,7 +275,7 @@ def shape_space(v, f):
              (volume((mean + d)[None], f) - volume((mean - d)[None], f))[0]
              for i, d in enumerate(dirs)]
     dirs = dirs * np.sign(grows)[:, None, None]
-    return mean, dirs.transpose(1, 2, 0), (s ** 2 / (s ** 2).sum())[:10]
+    return mean, dirs.transpose(1, 2, 0)
 
 
 def affine_fit(v, target, cand, keep):
@@ -337,10 +314,10 @@ def joint_regressor(v, joints, v_mirror):
     """
     reg = np.zeros((24, v.shape[1]))
     mean, centre = v.mean(0), joints.mean(0)
-    for j, name in enumerate(JOINTS):
-        if not name.startswith("R_"):
+    for j, name in enumerate(JOINT_NAMES):
+        if not name.startswith("right"):
             reg[j] = affine_fit(v, joints[:, j], nearest(mean, centre[j], 400), keep=32)
-    return mirrored(reg, J_MIRROR, v_mirror)
+    return mirrored(reg, FLIP_JOINTS, v_mirror)
 
 
 def mirrored(reg, order, v_mirror):
@@ -352,12 +329,13 @@ def mirrored(reg, order, v_mirror):
 
 # How far each left joint turns in the poses that the keypoints are fitted and tested in: low and
 # high ends of an axis-angle vector, in radians. About what people do; right joints mirror it.
-TURNS = {"L_hip": ((-1.6, -0.5, -0.3), (0.4, 0.5, 0.6)), "L_knee": ((0, -0.1, 0), (2.2, 0.1, 0)),
-         "L_ankle": ((-0.5, -0.3, -0.3), (0.7, 0.3, 0.3)),
-         "L_collar": ((-0.1, -0.2, -0.1), (0.1, 0.2, 0.3)),
-         "L_shoulder": ((-0.8, -1.4, -1.5), (0.8, 0.5, 0.6)),
-         "L_elbow": ((-0.8, -2.3, -0.1), (0.8, 0, 0.1)),
-         "L_wrist": ((-0.2, -0.4, -1.0), (0.2, 0.4, 1.0)),
+TURNS = {"left_hip": ((-1.6, -0.5, -0.3), (0.4, 0.5, 0.6)),
+         "left_knee": ((0, -0.1, 0), (2.2, 0.1, 0)),
+         "left_ankle": ((-0.5, -0.3, -0.3), (0.7, 0.3, 0.3)),
+         "left_collar": ((-0.1, -0.2, -0.1), (0.1, 0.2, 0.3)),
+         "left_shoulder": ((-0.8, -1.4, -1.5), (0.8, 0.5, 0.6)),
+         "left_elbow": ((-0.8, -2.3, -0.1), (0.8, 0, 0.1)),
+         "left_wrist": ((-0.2, -0.4, -1.0), (0.2, 0.4, 1.0)),
          "spine1": ((-0.2, -0.2, -0.2), (0.4, 0.2, 0.2)), "spine2": ((-0.1,) * 3, (0.2, 0.1, 0.1)),
          "spine3": ((-0.1,) * 3, (0.1,) * 3), "neck": ((-0.3,) * 3, (0.3,) * 3),
          "head": ((-0.3,) * 3, (0.3,) * 3)}
@@ -366,10 +344,10 @@ TURNS = {"L_hip": ((-1.6, -0.5, -0.3), (0.4, 0.5, 0.6)), "L_knee": ((0, -0.1, 0)
 def random_poses(n, rng):
     """(n, 24, 3) axis-angle, root unturned, every joint uniform within TURNS."""
     pose = np.zeros((n, 24, 3))
-    for j, name in enumerate(JOINTS):
-        low, high = TURNS.get(name.replace("R_", "L_"), (np.zeros(3),) * 2)
+    for j, name in enumerate(JOINT_NAMES):
+        low, high = TURNS.get(name.replace("right", "left"), (np.zeros(3),) * 2)
         pose[:, j] = rng.uniform(low, high, (n, 3))
-        if name.startswith("R_"):
+        if name.startswith("right"):
             pose[:, j] *= (1, -1, -1)                 # a turn seen in a mirror, x -> -x
     return pose
 
@@ -392,7 +370,7 @@ def skeleton(body, betas, pose):
     return v, place, turn, shift, (local[:, 1:] - np.eye(3)).reshape(len(pose), 207)
 
 
-def smpl(body, betas, pose):
+def posed(body, betas, pose):
     """SMPL's forward pass: (N, 10), (N, 24, 3) -> posed vertices, joints, world rotations.
 
     It is here only to fit and to test the body; the readable version is the project's smpl.py.
@@ -404,17 +382,16 @@ def smpl(body, betas, pose):
     return posed, place, turn
 
 
-LIMBS = {"LHip": "L_hip", "LKnee": "L_knee", "LAnkle": "L_ankle", "LShoulder": "L_shoulder",
-         "LElbow": "L_elbow", "LWrist": "L_wrist"}
+INSIDE = [f"left_{joint}" for joint in ("hip", "knee", "ankle", "shoulder", "elbow", "wrist")]
 
 
 def keypoint_targets(joints, turn):
     """Where the keypoints inside the body should be: {keypoint: (N, 3)}, from posed joints."""
-    targets = {key: joints[:, JOINTS.index(joint)] for key, joint in LIMBS.items()}
+    targets = {name: joints[:, JOINT_NAMES.index(name)] for name in INSIDE}
     # Annotators mark the neck where it leaves the trunk: 3 cm below SMPL's neck joint, and carried
     # by the chest (spine3), not by the head.
-    neck, chest = JOINTS.index("neck"), JOINTS.index("spine3")
-    targets["Neck"] = joints[:, neck] + turn[:, chest] @ [0, -0.03, 0]
+    neck, chest = JOINT_NAMES.index("neck"), JOINT_NAMES.index("spine3")
+    targets["neck"] = joints[:, neck] + turn[:, chest] @ [0, -0.03, 0]
     return targets
 
 
@@ -428,20 +405,21 @@ def keypoint_regressor(body, eye, v_mirror):
     rng = np.random.default_rng(3)
     # From the T-pose (factor 0) to the ends of TURNS (factor 1): half-bent joints matter as much.
     pose = random_poses(400, rng) * rng.uniform(0, 1, (400, 1, 1))
-    v, joints, turn = smpl(body, rng.normal(size=(400, 10)), pose)
+    v, joints, turn = posed(body, rng.normal(size=(400, 10)), pose)
     t = body["v_template"].astype(float)
     reg = np.zeros((19, len(t)))
     for key, target in keypoint_targets(joints, turn).items():
         close = nearest(v.mean(0), target.mean(0), 400)
-        reg[KEYPOINTS.index(key)] = affine_fit(v, target, close, keep=8 if key == "Neck" else 16)
+        keep = 8 if key == "neck" else 16
+        reg[KEYPOINT_NAMES.index(key)] = affine_fit(v, target, close, keep)
     # On the head a keypoint is a spot of skin, the same in every pose: no fit is needed.
-    on_head = np.flatnonzero(body["weights"][:, JOINTS.index("head")] > 0.9)
+    on_head = np.flatnonzero(body["weights"][:, JOINT_NAMES.index("head")] > 0.9)
     spot = lambda vertices: np.bincount(vertices, minlength=len(t)) / len(vertices)
     reg[13] = spot(on_head[np.argsort(-t[on_head, 1])[:2]])          # the two highest
     reg[14] = spot(on_head[np.argsort(-t[on_head, 2])[:1]])          # the foremost: tip of the nose
     reg[15] = spot(nearest(t, eye + [0, 0, 0.017], 2))               # upper and lower lid
     reg[17] = spot(on_head[np.argsort(-t[on_head, 0])[:12]])         # the outermost: the ear
-    return mirrored(reg, K_MIRROR, v_mirror)
+    return mirrored(reg, FLIP_KEYPOINTS, v_mirror)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -461,11 +439,11 @@ def training_poses(clips, rng, n=1000):
     Only clips that are not held out; every frame also mirrored. The root is unturned.
     """
     frames = np.concatenate([clips[c].reshape(-1, 24, 3) for c in sorted(clips)
-                             if c not in HELD_OUT_CLIPS]).astype(float)
-    frames = np.concatenate([frames, frames[:, J_MIRROR] * MIRROR_SIGNS])        # (M, 24, 3)
+                             if c not in HELD_OUT]).astype(float)
+    frames = np.concatenate([frames, frames[:, FLIP_JOINTS] * MIRROR_SIGNS])        # (M, 24, 3)
     recorded = frames[rng.choice(len(frames), n, replace=False)]
     mixed = recorded.copy()
-    for limb in ((13, 16, 18, 20, 22), (14, 17, 19, 21, 23), (1, 4, 7, 10), (2, 5, 8, 11)):
+    for limb in LIMBS[:4]:                            # arms and legs
         mixed[:, limb] = frames[rng.integers(len(frames), size=n)][:, limb]
     sampled = random_poses(n, rng) * rng.uniform(0, 1, (n, 1, 1))
     pose = np.concatenate([recorded, mixed, sampled])
@@ -535,60 +513,32 @@ def pose_blend_shapes(body, clips, v_mirror):
         dirs[i][:, matter] = x.reshape(3, len(matter), 9)
     # Left = right: vertices and joints change places, x and each matrix entry with one x the sign.
     sign = np.array([-1, 1, 1])
-    other = dirs[v_mirror][:, :, np.array(J_MIRROR[1:]) - 1].reshape(-1, 3, 23, 3, 3)
+    other = dirs[v_mirror][:, :, np.array(FLIP_JOINTS[1:]) - 1].reshape(-1, 3, 23, 3, 3)
     other = other * np.einsum("i,a,b->iab", sign, sign, sign)[:, None]
     return (dirs.reshape(-1, 3, 207) + other.reshape(-1, 3, 207)) / 2
 
 
-def report_pose_shapes(body, clips):
-    """Print how much of the way from linear to dual-quaternion skinning the posedirs go."""
-    pose = np.concatenate([clips[c].reshape(-1, 24, 3) for c in HELD_OUT_CLIPS]).astype(float)
-    rng, w = np.random.default_rng(7), body["weights"]
-    n = len(pose)
-    people = {"template": np.zeros((n, 10)), "random betas": rng.normal(size=(n, 10))}
-    without = {**body, "posedirs": np.zeros_like(body["posedirs"])}
-    rms = lambda x: np.sqrt((x ** 2).mean())
-    print(f"posedirs: {(body['posedirs'] != 0).mean():.1%} of the numbers are not zero")
-    print(f"distance to dual-quaternion skinning without -> with them, {n} held-out frames, mm")
-    for who, betas in people.items():
-        v, _, turn, shift, _ = skeleton(body, betas, pose)
-        target = dual_quaternion_skinning(v, w, dual_quaternions(turn, shift))
-        before, after = (np.linalg.norm(smpl(b, betas, pose)[0] - target, axis=-1) * 1000
-                         for b in (without, body))                               # (N, V)
-        regions = {"all vertices": np.ones(len(w), bool)}
-        for j in ("L_elbow", "L_knee", "L_shoulder", "L_hip"):       # skin shared with the parent
-            k = JOINTS.index(j)
-            regions[j] = (w[:, k] > 0.1) & (w[:, PARENTS[k]] > 0.1)
-        for name, at in regions.items():
-            b, a = before[:, at], after[:, at]
-            b99, a99, less = np.percentile(b, 99), np.percentile(a, 99), 1 - rms(a) / rms(b)
-            print(f"  {who:12s} {name:12s} RMS {rms(b):4.1f} -> {rms(a):.1f} ({less:.0%} less), "
-                  f"99 % below {b99:2.0f} -> {a99:.0f}, largest {b.max():.0f} -> {a.max():.0f}")
-
-
 # What the picture shows: turns in degrees, the joint in the middle, the camera's turns about x and
 # y, half the width of the view in metres.
-CLOSE_UPS = (({"L_elbow": (0, -120, 0)}, "L_elbow", (90, 0), 0.13),
-             ({"L_hip": (-40, 0, 0), "L_knee": (110, 0, 0)}, "L_knee", (0, -80), 0.19),
-             ({"L_collar": (0, 0, 20), "L_shoulder": (0, 0, 60)}, "L_shoulder", (0, 0), 0.19),
-             ({"L_hip": (-100, 0, 0), "L_knee": (100, 0, 0)}, "L_hip", (0, -80), 0.24))
+CLOSE_UPS = (({"left_elbow": (0, -120, 0)}, "left_elbow", (90, 0), 0.13),
+             ({"left_hip": (-40, 0, 0), "left_knee": (110, 0, 0)}, "left_knee", (0, -80), 0.19),
+             ({"left_collar": (0, 0, 20), "left_shoulder": (0, 0, 60)}, "left_shoulder", (0, 0),
+              0.19),
+             ({"left_hip": (-100, 0, 0), "left_knee": (100, 0, 0)}, "left_hip", (0, -80), 0.24))
 
 
 def draw_pose_shapes(path, body, size=220):
     """Draw the template's elbow, knee, shoulder, hip; above without, below with posedirs."""
-    import sys, torch
-    sys.path.append(os.path.dirname(HERE))
-    from data import draw_mesh, save_png              # here: the data need no renderer
     faces, columns = torch.from_numpy(body["f"].astype(np.int64)), []
     for turns, middle, camera, half_width in CLOSE_UPS:
         pose = np.zeros((1, 24, 3))
         for joint, degrees in turns.items():
-            pose[0, JOINTS.index(joint)] = np.radians(degrees)
+            pose[0, JOINT_NAMES.index(joint)] = np.radians(degrees)
         view = Rotation.from_euler("yx", camera[::-1], degrees=True).as_matrix()
         column = []
         for b in ({**body, "posedirs": np.zeros_like(body["posedirs"])}, body):
-            v, place, _ = smpl(b, np.zeros((1, 10)), pose)
-            v = (v - place[:, JOINTS.index(middle)]) @ view.T * [1, -1, -1]      # camera: y down
+            v, place, _ = posed(b, np.zeros((1, 10)), pose)
+            v = (v - place[:, JOINT_NAMES.index(middle)]) @ view.T * [1, -1, -1]    # y down
             cam = torch.tensor([[1 / half_width, 0, 0]])
             image = draw_mesh(torch.from_numpy(v).float(), faces, cam, size)[0]  # (3, size, size)
             image[:, -4:], image[:, :, -4:] = 1, 1                               # a white rim
@@ -608,21 +558,21 @@ def t_posed_adults(source, n, seed):
     """
     v, heads = to_t_pose(source, *source.bodies(sample_adults(source, n, seed)))
     at = source.bones.index
-    joints = np.stack([heads[:, [at(b) for b in JOINT_AT[j]]].mean(1) for j in JOINTS], 1)
+    joints = np.stack([heads[:, [at(b) for b in JOINT_AT[j]]].mean(1) for j in JOINT_NAMES], 1)
     centre = v.mean(1, keepdims=True)
     return v - centre, joints - centre, heads[:, at("eye.L")] - centre[:, 0]
 
 
 def make_body(path, clips):
-    """Write body.npz: a body model with SMPL's keys, shapes and conventions. Prints its quality."""
+    """Write body.npz: a body model with SMPL's keys, shapes and conventions."""
     source = Source()
     v, joints, eye = t_posed_adults(source, 1500, seed=1)
     mean = v.mean(0)
     v_mirror = ((mean[:, None] * [-1, 1, 1] - mean) ** 2).sum(-1).argmin(1)     # (V,) i <-> mirror
     v = (v + v[:, v_mirror] * [-1, 1, 1]) / 2         # left = right, to the last bit
-    joints = (joints + joints[:, J_MIRROR] * [-1, 1, 1]) / 2
+    joints = (joints + joints[:, FLIP_JOINTS] * [-1, 1, 1]) / 2
     reg = joint_regressor(v, joints, v_mirror)
-    mean, dirs, share = shape_space(v, source.faces)
+    mean, dirs = shape_space(v, source.faces)
     pelvis = reg[0].astype(float) @ mean              # the template's root joint is the origin
     body = {
         "v_template": (mean - pelvis).astype(np.float32),                        # (V, 3)
@@ -639,55 +589,8 @@ def make_body(path, clips):
     np.savez_compressed(path + ".part.npz", **body)
     os.replace(path + ".part.npz", path)              # never a half-written file under the name
     print(f"{os.path.basename(path)}: {os.path.getsize(path) / 1024:.0f} KiB, "
-          f"{len(body['v_template'])} vertices, {len(body['f'])} triangles, "
-          f"volume of the template {volume(body['v_template'][None], body['f'])[0] * 1000:.1f} l")
-    report_shapes(body, share, *t_posed_adults(source, 1000, seed=2)[:2])
-    report_keypoints(body)
-    report_pose_shapes(body, clips)
+          f"{len(body['v_template'])} vertices, {len(body['f'])} triangles")
     draw_pose_shapes(os.path.join(os.path.dirname(path), "posedirs.png"), body)
-
-
-def report_shapes(body, share, v, joints):
-    """Print how good the shapes are; v, joints: people that nothing was fitted to."""
-    rng = np.random.default_rng(4)
-    betas = rng.normal(size=(2000, 10))
-    drawn = smpl(body, betas, np.zeros((2000, 24, 3)))[0]
-    for name, x in (("1000 new sampled adults", v), ("2000 draws of betas ~ N(0, 1)", drawn)):
-        s = stature(x)
-        bmi = volume(x, body["f"]) * 1000 / s ** 2                    # as if a litre weighed 1 kg
-        print(f"{name}: stature {s.mean():.2f} +- {s.std():.2f} m, {s.min():.2f} to {s.max():.2f};"
-              f" BMI {bmi.mean():.1f} +- {bmi.std():.1f}, {bmi.min():.1f} to {bmi.max():.1f}")
-    row = lambda x: " ".join(f"{i:5.2f}" for i in x)
-    print("beta 0..9: share of variance      ", row(share))
-    print("           correlation with stature", row([np.corrcoef(b, s)[0, 1] for b in betas.T]))
-    print("           correlation with BMI    ", row([np.corrcoef(b, bmi)[0, 1] for b in betas.T]))
-    dirs, offset = body["shapedirs"].astype(float).reshape(-1, 10), v - v.mean(0)
-    offset = offset.reshape(len(v), -1)                                          # (N, 3V)
-    miss = offset - offset @ np.linalg.pinv(dirs).T @ dirs.T
-    miss = np.linalg.norm(miss.reshape(v.shape), axis=-1).mean(1) * 1000         # mm a vertex
-    print(f"new adults through 10 betas: {miss.mean():.1f} mm a vertex, worst adult "
-          f"{miss.max():.1f} mm")
-    miss = np.einsum("jv,nvi->nji", body["J_regressor"], v) - joints
-    miss = np.linalg.norm(miss, axis=-1) * 1000                                  # (N, 24)
-    print(f"J_regressor on new adults: mean {miss.mean():.1f} mm, worst {miss.max():.0f}; worst of",
-          ", ".join(f"{n} {m:.0f}" for n, m in zip(JOINTS, miss.max(0)) if n[:2] != "R_"))
-
-
-def report_keypoints(body):
-    """Print how far the keypoints inside the body stray from the joints when the body moves."""
-    rng = np.random.default_rng(5)
-    cases = {"T-pose": np.zeros((500, 24, 3)), "random poses": random_poses(500, rng)}
-    for joint, bend in (("L_elbow", (0, -np.pi / 2, 0)), ("L_knee", (np.pi / 2, 0, 0))):
-        cases[f"{joint} bent 90"] = np.zeros((500, 24, 3))
-        cases[f"{joint} bent 90"][:, JOINTS.index(joint)] = bend
-    print("keypoint to joint, mean/worst of 500 in mm")
-    for name, pose in cases.items():
-        v, joints, turn = smpl(body, rng.normal(size=(500, 10)), pose)           # new betas
-        keys = np.einsum("kv,nvi->nki", body["cocoplus_regressor"], v)
-        miss = {k: np.linalg.norm(keys[:, KEYPOINTS.index(k)] - target, axis=1) * 1000
-                for k, target in keypoint_targets(joints, turn).items()}
-        print(f"  {name:15s}", ", ".join(f"{k} {m.mean():.0f}/{m.max():.0f}"
-                                          for k, m in miss.items()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -717,14 +620,9 @@ HIP, KNEE, ANKLE, FOOT = (1, 2), (4, 5), (7, 8), (10, 11)
 COLLAR, SHOULDER, ELBOW, WRIST, HAND = (13, 14), (16, 17), (18, 19), (20, 21), (22, 23)
 
 # Seen in a mirror (x -> -x) a pose is still a pose: left and right joints change places
-# (J_MIRROR), and each axis-angle keeps its x and turns its y and z around,
+# (FLIP_JOINTS), and each axis-angle keeps its x and turns its y and z around,
 # M R(a) M = R(a * (1, -1, -1)) with M = diag(-1, 1, 1).
 MIRROR_SIGNS = np.array([1.0, -1.0, -1.0])
-
-# The clips whose average is the regressor's starting pose: people on their feet. dance_b and kick
-# are upright as well, but they are kept for testing, so nothing may be learnt from them.
-HELD_OUT_CLIPS = ("dance_b", "kick", "roll")
-UPRIGHT_TRAINING_CLIPS = ("walk", "run", "dance_a", "punch", "spin", "spinkick", "jump")
 
 
 def motion_files():
@@ -869,25 +767,21 @@ def make_mocap(path):
     np.savez_compressed(path + ".part.npz", **clips)
     os.replace(path + ".part.npz", path)
     print(f"{os.path.basename(path)}: {os.path.getsize(path) / 1024:.0f} KiB, {len(clips)} clips, "
-          f"{sum(map(len, clips.values()))} frames; frames and largest tilt of the root, degrees:")
-    for name, pose in clips.items():
-        up = Rotation.from_rotvec(pose[:, :3]).apply([0.0, 1.0, 0.0])[:, 1]  # cosine of the tilt
-        tilt = np.degrees(np.arccos(np.clip(up, -1, 1))).max()
-        print(f"  {name:14s} {len(pose):4d} {tilt:4.0f}")
+          f"{sum(map(len, clips.values()))} frames")
     return clips
 
 
-def mean_pose(clips, names=UPRIGHT_TRAINING_CLIPS):
-    """The average pose (72,) of the named clips and their mirror images; the root is left at 0.
+def mean_pose(clips):
+    """The average pose (72,) of upright training clips and their mirror images; the root is at 0.
 
     A mean of axis-angles depends on where the angles wrap. The mean taken here does not: it is the
     rotation nearest, in squares of matrix entries, to all of them ("chordal"), which the SVD of
     the mean matrix gives. Every clip weighs the same, however long.
     """
-    mean = np.zeros((24, 3, 3))
+    mean, names = np.zeros((24, 3, 3)), [name for name in UPRIGHT if name not in HELD_OUT]
     for name in names:
         pose = clips[name].reshape(-1, 24, 3).astype(np.float64)  # (N, 24, 3)
-        both = np.concatenate([pose, pose[:, J_MIRROR] * MIRROR_SIGNS])  # (2N, 24, 3)
+        both = np.concatenate([pose, pose[:, FLIP_JOINTS] * MIRROR_SIGNS])  # (2N, 24, 3)
         matrices = Rotation.from_rotvec(both.reshape(-1, 3)).as_matrix().reshape(-1, 24, 3, 3)
         mean += matrices.mean(axis=0) / len(names)
     u, _, vt = np.linalg.svd(mean)  # (24, 3, 3) each
