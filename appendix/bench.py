@@ -2,10 +2,10 @@
 
     python -m appendix.bench step --small        # each part of a step, on top of the encoder
     python -m appendix.bench grow --small        # batch, size, depth and body, one at a time
-    python -m appendix.bench smpl                # a body of the official size, in milliseconds
-    python -m appendix.bench step --rounds 5     # --rounds N; step and grow take train.py's flags
+    python -m appendix.bench smpl --rounds 5     # a body of the official size, in milliseconds
 
-All numbers are medians, and what is compared is timed in turn, so that both are of one moment.
+step and grow take train.py's flags, but for --steps and --adv.  All times are medians, and what is
+compared is timed in turn, so that both are of one moment.
 
 Axes:  B bodies or pictures   C channels   V vertices   24 joints   19 keypoints
 """
@@ -14,52 +14,48 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import os
+import re
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import train
 from data import seed_of
 from hmr import Discriminator
-from smpl import PARENTS, SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_status
+from smpl import SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_status
 
 
 def in_turn(ways: dict[str, Callable], rounds: int) -> list[float]:
-    """Each function's median seconds; all take turns, so that drift of the machine hits them alike.
-
-    Each runs twice and the second time counts: the first one may have to give back the memory that
-    the function before it left.  Two rounds warm up.
-    """
+    """Each function's median seconds.  All take turns, so that the machine's drift hits them alike.
+    Each runs twice and the second time counts: the first may give back the memory that the function
+    before it left.  Two rounds warm up."""
     seconds = {name: [] for name in ways}
     for _, (name, run_once) in itertools.product(range(rounds + 2), ways.items()):
-        times = []
         for _ in range(2):
             begun = time.perf_counter()
             run_once()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-        seconds[name].append(times[1])
+            last = time.perf_counter() - begun
+        seconds[name].append(last)
     return [statistics.median(times[2:]) for times in seconds.values()]
 
 
 STAGES = ("encoder: forward, backward, Adam", "+ regressor", "+ SMPL and losses",
           "+ discriminators, L_adv", "+ pictures, motion, rates: the whole step")
-RECORDED = "the whole step, recorded as a CUDA graph"
+RECORDED = ("recorded: all but pictures, motion, rates", "recorded: the whole step")   # on a GPU
 
 
 def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict, int]:
-    """train()'s step, built up part by part: each of STAGES -> a function, and its number of steps.
+    """train()'s step, built up part by part: title -> a function, and how many steps it makes.
 
-    The number is 1, or on a GPU what the world draws ahead.  A test holds the weights that the last
-    stage leaves against train()'s.
+    The titles are STAGES, and where train() records its step RECORDED, too.  A function makes one
+    step, or on a GPU as many as the world draws ahead.
     """
     torch.manual_seed(config.seed)
     model, D = train.build(config, smpl), Discriminator().to(config.device)
@@ -91,34 +87,50 @@ def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict, int]:
         lambda: part(lambda feature: torch.cat(model.regressor(feature))),
         lambda: loss(fixed[0], None, without_D), lambda: loss(*fixed), lambda: whole(loss))))
     if train.records(config):
-        steps[RECORDED] = functools.partial(whole, train.RecordedStep(loss))
+        alone, inside = train.RecordedStep(loss), train.RecordedStep(loss)
+        steps |= dict(zip(RECORDED, (lambda: alone(*fixed), lambda: whole(inside))))
     return {name: lambda step=step: [step() for _ in range(world.ahead)]
             for name, step in steps.items()}, world.ahead
 
 
+def count_calls(run_once: Callable, device: str) -> int:
+    """How often a program asks for work: launches of kernels and graphs on a GPU; on a CPU calls of
+    PyTorch's operators, those that one operator makes of another included."""
+    # The profiler writes no lines of its own.  Some versions crashed when they stopped CUPTI and
+    # started it again beside CUDA graphs.
+    os.environ.update(KINETO_LOG_LEVEL="99", DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
+    is_cuda, kinds = device == "cuda", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * is_cuda]) as seen:
+        run_once()
+        if is_cuda:
+            torch.cuda.synchronize()
+    name = "cu(da)?(Graph)?Launch" if is_cuda else "aten::"
+    return sum(bool(re.match(name, call.name)) for call in seen.events())
+
+
 def bench_step(config: train.Config, rounds: int) -> None:
-    """Print what the parts of a training step cost, and inference."""
+    """Print what the parts of a training step cost and how much they ask for, and inference."""
     smpl = SMPL(config.smpl or None).to(config.device)
+    what = "launches" if config.device == "cuda" else "operators"
     print(f"ResNet-{config.depth} of width {config.width}, {config.size} px, batch {config.batch}, "
-          f"V = {len(smpl.v_template)}, {train.PRECISION[config.amp]}; "
-          f"{train.device_name(config.device)}; medians of {rounds} rounds\n"
-          f"{'':42s}{'ms':>9s}{'x encoder':>11s}{'img/s':>9s}")
-    steps, ahead = bench_steps(config, smpl)
-    seconds = [s / ahead for s in in_turn(steps, rounds)]
-    for name, s in zip(steps, seconds):
-        print(f"{name:42s}{1000 * s:9.1f}{s / seconds[0]:11.2f}{config.batch / s:9.1f}", flush=True)
+          f"{train.PRECISION[config.amp]}; {train.device_name(config.device)}; medians of {rounds} "
+          f"rounds\n{'':42s}{'ms':>9s}{'x encoder':>11s}{'img/s':>9s}{what:>11s}")
     model = train.build(config, smpl).eval()
     for B in (1, 64):
         image = torch.rand(B, 3, config.size, config.size, device=config.device)  # (B, 3, H, W)
         with torch.inference_mode():
-            a, b = in_turn({"encoder": lambda: model.encode(image), "all": lambda: model.decode(
-                model.regressor(model.encode(image))[-1], vertices=True)}, rounds)
-        print(f"{f'inference, {B} at a time, all vertices':42s}{1000 * b:9.1f}{b / a:11.2f}"
-              f"{B / b:9.1f}", flush=True)
+            s, = in_turn({"": lambda: model.decode(model.regressor(model.encode(image))[-1], True)},
+                         rounds)
+        print(f"{f'inference, {B} at a time, all vertices':42s}{1000 * s:9.1f}{B / s:20.1f}")
+    steps, ahead = bench_steps(config, smpl)
+    seconds = in_turn(steps, rounds)            # before they are counted, which slows them
+    for (name, step), s in zip(steps.items(), seconds):
+        print(f"{name:42s}{1000 * s / ahead:9.1f}{s / seconds[0]:11.2f}"
+              f"{config.batch * ahead / s:9.1f}{count_calls(step, config.device) / ahead:11.0f}")
 
 
 def bench_growth(config: train.Config, rounds: int) -> None:
-    """Print how a whole training step's cost grows, one setting at a time."""
+    """Print how the cost of train()'s whole step grows, one setting at a time."""
     V = len(SMPL(config.smpl or None).v_template)
     print(f"depth {config.depth}, {config.size} px, batch {config.batch}, V = {V}, but for one; "
           f"{train.PRECISION[config.amp]}; {train.device_name(config.device)}; medians of {rounds} "
@@ -126,18 +138,19 @@ def bench_growth(config: train.Config, rounds: int) -> None:
     for name, values in (("batch", (1, 4, 16, 64, 256)), ("size", (64, 96, 128, 224)),
                          ("depth", (18, 34, 50, 101, 152)), ("vertices", (V, max(V, 6890)))):
         for value in values:
-            smpl, of = SMPL(config.smpl or None), {name: value} if name != "vertices" else {}
-            smpl = smpl if of else with_vertices(smpl, value)
+            of = {name: value} if name != "vertices" else {}
+            smpl = with_vertices(SMPL(config.smpl or None), V if of else value)
             changed = dataclasses.replace(config, **of)
             steps, ahead = bench_steps(changed, smpl.to(config.device))
-            encoder, whole = in_turn({key: steps[key] for key in (STAGES[0], STAGES[-1])}, rounds)
+            encoder, *_, whole = steps.values()                       # on a GPU a recorded step
+            encoder, whole = in_turn({"encoder": encoder, "whole": whole}, rounds)
             print(f"{f'{name} {value}':16s}{1000 * whole / ahead:9.1f}{whole / encoder:11.2f}"
                   f"{changed.batch * ahead / whole:9.1f}", flush=True)
 
 
 def with_vertices(smpl: SMPL, V: int) -> SMPL:
     """A body of V vertices for timing: the skin laid over itself, keypoints from its first layer.
-    (Its triangles do not shrink, so drawing it costs more than drawing a body as fine.)"""
+    Its triangles do not shrink, so drawing it costs more than drawing a body as fine."""
     n = len(smpl.v_template)
     for name in ("v_template", "shapedirs", "posedirs", "weights"):
         setattr(smpl, name, getattr(smpl, name)[torch.arange(V) % n])
@@ -147,27 +160,13 @@ def with_vertices(smpl: SMPL, V: int) -> SMPL:
     return smpl
 
 
-def official_sized(path: Path, V: int = 6890) -> None:
-    """Write a body of random numbers of the official sizes and sparsity, to measure speed with."""
-    rng = np.random.default_rng(0)
-
-    def rows(n, nonzeros, width):               # each row: `nonzeros` equal weights that sum to 1
-        order = rng.permuted(np.tile(np.arange(width), (n, 1)), axis=1)           # (n, width)
-        return (order < nonzeros) / nonzeros
-    np.savez(path, v_template=rng.normal(0, 0.4, (V, 3)), shapedirs=rng.normal(0, 0.01, (V, 3, 10)),
-             posedirs=rng.normal(0, 0.002, (V, 3, 207)), J_regressor=rows(24, 32, V),
-             weights=rows(V, 4, 24), cocoplus_regressor=rows(19, 16, V), mean_pose=np.zeros(72),
-             f=np.arange(30).reshape(10, 3), kintree_table=[PARENTS, range(24)])
-
-
 def textbook(smpl: SMPL, posedirs: Tensor, betas: Tensor, rotmats: Tensor) -> SMPLOutput:
-    """The baseline as commonly written: (B, V, 4, 4) transforms, dense products, keypoints from
-    every vertex; posedirs (207, 3V).  Only the kinematics are `lbs`'s own."""
+    """SMPL as commonly written: (B, V, 4, 4) transforms, dense products, keypoints of all vertices;
+    posedirs (207, 3V).  Only the kinematics are `lbs`'s own."""
     B, V = len(betas), len(smpl.v_template)
     v_shaped = smpl.v_template + torch.einsum("bn,vcn->bvc", betas, smpl.shapedirs)   # (B, V, 3)
     J = torch.einsum("bvc,jv->bjc", v_shaped, smpl.J_regressor)       # (B, 24, 3)
-    eye = torch.eye(3, dtype=rotmats.dtype, device=betas.device)
-    feature = (rotmats[:, 1:] - eye).reshape(B, 207)                  # (B, 207)
+    feature = (rotmats[:, 1:] - torch.eye(3).to(rotmats)).reshape(B, 207)         # (B, 207)
     v_posed = v_shaped + (feature @ posedirs).view(B, V, 3)           # (B, V, 3)
     joints, A = batch_rigid_transform(rotmats, J, smpl.parents)       # A (B, 24, 4, 4)
     T = (smpl.weights.expand(B, V, 24) @ A.reshape(B, 24, 16)).view(B, V, 4, 4)   # (B, V, 4, 4)
@@ -179,10 +178,7 @@ def textbook(smpl: SMPL, posedirs: Tensor, betas: Tensor, rotmats: Tensor) -> SM
 def bench_smpl(rounds: int) -> None:
     """Print milliseconds of the three ways, which take turns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("highest")                     # as in train.py
-    with tempfile.TemporaryDirectory() as folder:
-        official_sized(Path(folder) / "random.npz")
-        smpl = SMPL(Path(folder) / "random.npz").to(device)
+    smpl = with_vertices(SMPL(), 6890).to(device)
     posedirs = smpl.posedirs.flatten(0, 1).T.contiguous()             # (207, 3V)
     ways = {"textbook": functools.partial(textbook, smpl, posedirs), "full": smpl,
             "keypoints": functools.partial(smpl, vertices=False)}
@@ -192,22 +188,20 @@ def bench_smpl(rounds: int) -> None:
     for B, backward in itertools.product((1, 16, 64, 256), (False, True)):
         inputs = [x.to(device).requires_grad_(backward) for x in (
             torch.randn(B, 10), batch_rodrigues(0.3 * torch.randn(B, 24, 3)))]
-        a, b, c = (1000 * s for s in in_turn({name: functools.partial(once, way, inputs)
+
+        def once(way: Callable) -> None:
+            out = [x for x in way(*inputs) if x is not None]
+            if backward:                        # a gradient arrives at everything that came out
+                torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
+        a, b, c = (1000 * s for s in in_turn({name: functools.partial(once, way)
                                               for name, way in ways.items()}, rounds))
         print(f"{B:4d}  {'f + b' if backward else 'forward':7s} {a:14.2f} {b:10.2f} {a / b:6.1f} "
               f"{c:19.2f} {a / c:6.1f}", flush=True)
 
 
-def once(way: Callable, inputs: list[Tensor]) -> None:
-    out = [x for x in way(*inputs) if x is not None]
-    if inputs[0].requires_grad:                 # a gradient arrives at everything that came out
-        torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
-
-
 def run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m appendix.bench", allow_abbrev=False,
-        description="Measure what a training step, its growth, or a body costs.")
+    parser = argparse.ArgumentParser(prog="python -m appendix.bench", allow_abbrev=False,
+                                     description="Measure what a step, its growth, a body costs.")
     parser.add_argument("what", choices=("step", "grow", "smpl"))
     parser.add_argument("--rounds", type=int, metavar="N", default=10, help="number of rounds [10]")
     parser.add_argument("--small", action="store_true", help="settings of train.py --small")

@@ -6,8 +6,8 @@
 official file is a pickle of Python 2 that holds chumpy's and scipy's objects, and a pickle is a
 program.  `BodyUnpickler` runs it with an inert stand-in for each of the few names that such files
 hold.  It imports nothing, calls nothing, and refuses any other name.  `plain` makes arrays of the
-stand-ins.  numpy's and scipy's classes get stand-ins, too, because they trust a pickled state: a
-forged dtype makes numpy read anywhere in memory, and forged indices make scipy write anywhere.
+stand-ins.  (numpy's and scipy's own classes trust a pickled state, and a forged one makes them read
+and write anywhere in memory.)
 
 Axes:  V vertices   F triangles   24 joints   19 keypoints   10 betas   207 pose features
 """
@@ -27,12 +27,11 @@ import smpl
 from smpl import JOINT_NAMES, KEYPOINT_NAMES, PARENTS, printable
 
 CHUMPY = ("Ch", "Select", "Reshape", "transpose")
-SPARSE = tuple(f"{kind}_{of}" for kind in ("csc", "csr", "coo") for of in ("matrix", "array"))
-# No module is imported, nor asked for: their names change with the versions (numpy.core, _core).
+SPARSE = ("csc_matrix", "csr_matrix")
 NAMES = ("_reconstruct", "_frombuffer", "ndarray", "dtype", "scalar", *CHUMPY, *SPARSE,
          "_reconstructor", "object", "set", "encode", "bytes")        # Python's own
 KEYS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f",
-        "cocoplus_regressor", "mean_pose")      # HMR's and this project's come last
+        "cocoplus_regressor", "mean_pose")      # the last two: HMR's, this project's
 # What people get in place of a body: its first bytes, with which no pickle begins, and what to do.
 MISTAKEN = {b"<": "an HTML page: log in and download again",
             b"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
@@ -117,19 +116,13 @@ def array_of(value: StandIn) -> np.ndarray:
 def dense(kind: str, part: dict) -> np.ndarray:
     """scipy's matrix as an array.  numpy itself checks the places, but for negative ones."""
     data, (rows, columns) = array_of(part["data"]), part.get("_shape") or part["shape"]
-    if not (0 < rows < 10 ** 5 and 0 < columns < 10 ** 5 and rows * columns < 10 ** 7):
-        raise ValueError(f"a sparse matrix of shape ({rows}, {columns})")
-    if kind.startswith("coo"):
-        places = [array_of(x) for x in part.get("coords") or (part["row"], part["col"])]
-    else:                                       # indptr: where each row (csc: column) begins
-        count = np.diff(array_of(part["indptr"]).astype(np.int64)).clip(0)
-        if count.sum() != len(data):
-            raise ValueError("a sparse matrix whose indptr does not count its numbers")
-        places = [np.repeat(np.arange(len(count)), count), array_of(part["indices"])]
-    if any(place.shape != data.shape or (place < 0).any() for place in places):
-        raise ValueError("a sparse matrix with a number that has no place in it")
+    indices, count = array_of(part["indices"]), np.diff(array_of(part["indptr"]).astype(np.int64))
+    if not 0 < rows * columns < 10 ** 7 or data.shape != indices.shape or indices.min() < 0 or (
+            count.min() < 0 or count.sum() != len(data)):
+        raise ValueError("a sparse matrix whose numbers have no place in it")
+    places = np.repeat(np.arange(len(count)), count), indices         # row, column; csc: swapped
     matrix = np.zeros((rows, columns))
-    np.add.at(matrix, tuple(places[::-1] if kind.startswith("csc") else places), data)
+    np.add.at(matrix, places[::-1] if kind == "csc_matrix" else places, data)
     return matrix
 
 
@@ -145,11 +138,13 @@ def plain(value) -> np.ndarray:
     part = {text_of(key): x for key, x in value.state.items()}
     if kind in SPARSE:
         return dense(kind, part)
-    array, shape = plain(part["x" if kind == "Ch" else "a"]), part.get("newshape")
+    array = plain(part["x" if kind == "Ch" else "a"])
+    if kind == "transpose":
+        return array.transpose(part.get("axes"))
     if kind == "Select":
-        array, shape = array.ravel()[array_of(part["idxs"])], part.get("preferred_shape")
-    return array.transpose(part.get("axes")) if kind == "transpose" else array.reshape(
-        array.shape if shape is None else shape)
+        array = array.ravel()[array_of(part["idxs"])]
+    shape = part.get("preferred_shape" if kind == "Select" else "newshape")
+    return array if shape is None else array.reshape(shape)
 
 
 def read_arrays(content: bytes) -> dict[str, np.ndarray]:
@@ -157,9 +152,10 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
     for beginning, what in MISTAKEN.items():
         if content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(beginning):
             raise ValueError(f"neither an .npz nor an SMPL .pkl but {what}")
-    is_zip, arrays = content[:2] == b"PK", {}   # an .npz, whatever the file is called
+    what, arrays = "neither an .npz nor a readable SMPL .pkl", {}
     try:
-        if is_zip:
+        if content[:2] == b"PK":                # an .npz, whatever the file is called
+            what = "not a whole .npz of plain number arrays"
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 require_size(sum(member.file_size for member in file.zip.infolist()))
                 return {key: np.asarray(file[key]) for key in KEYS if key in file.files}
@@ -175,8 +171,6 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"refused, {error}; get an official SMPL .pkl, which needs nothing of the "
                          f"kind") from None
     except Exception as error:
-        what = ("not a whole .npz of plain number arrays" if is_zip else
-                "neither an .npz nor a readable SMPL .pkl")
         raise ValueError(f"{what} ({type(error).__name__}: {error!s:.200}); it may be truncated, "
                          f"get the file again") from None
 
@@ -184,13 +178,13 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
 def approximate_keypoints(template: np.ndarray, J_regressor: np.ndarray) -> np.ndarray:
     """For official files without HMR's regressor: 19 keypoints from joints and skin -> (19, V).
 
-    Limbs and neck are J_regressor's rows, applied to the posed skin, so that they are near the 24
-    joints.  (LSP's annotators click elsewhere.)  The face is five vertices of the official mesh,
-    whose numbers in the paper's footnote are one too high, and the head's top the highest vertex.
+    Limbs and neck are J_regressor's rows on the posed skin, so they are near the 24 joints.  (LSP's
+    annotators click elsewhere.)  The face is five vertices of the official mesh, whose numbers in
+    the paper's footnote are one too high, and the head's top the highest vertex.
     """
     if len(template) != 6890:
         raise ValueError("lacks cocoplus_regressor, which can only be approximated for SMPL's own "
-                         "mesh of 6890 vertices; use HMR's neutral_smpl_with_cocoplus_reg.pkl")
+                         "6890 vertices; use HMR's neutral_smpl_with_cocoplus_reg.pkl")
     regressor = np.zeros((19, 6890))
     regressor[:13] = J_regressor[[JOINT_NAMES.index(name) for name in KEYPOINT_NAMES[:13]]]
     vertices = (template[:, 1].argmax(), 332, 2800, 6260, 583, 4071)    # head top, nose, eyes, ears

@@ -7,7 +7,6 @@ import sys
 import time
 import tracemalloc
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,6 @@ from appendix.body_file import read_arrays
 from smpl import KEYPOINT_NAMES, OPEN_BODY, PARENTS, SMPL, load_body, printable
 from test_hmr import body, close  # noqa: F401 (a fixture)
 
-
-# ============================================================================================
-# Body files that load
 
 def official_arrays() -> dict:
     """The open body with the official file's keys, types and oddities."""
@@ -37,21 +33,18 @@ def official_arrays() -> dict:
 
 
 @pytest.mark.parametrize("protocol, sparse", [
-    (0, "csc_matrix"), (1, "csr_matrix"), (2, "coo_matrix"), (3, "csc_array"), (4, "csr_array"),
-    (5, "coo_array")])
+    (0, "csc_matrix"), (1, "csr_matrix"), (2, "csc_matrix"), (5, "csr_matrix")])
 def test_an_official_style_pickle_equals_the_npz(tmp_path, body, protocol, sparse):
     arrays = official_arrays()
     regressor = arrays["J_regressor"] = getattr(scipy.sparse, sparse)(arrays["J_regressor"])
-    contents = [pickle.dumps(arrays, protocol)]
-    # as files look that Python 3 loaded with encoding="bytes" and saved again
-    regressor.__dict__ = {key.encode(): value for key, value in vars(regressor).items()}
-    contents.append(pickle.dumps({key.encode(): x for key, x in arrays.items()}, protocol))
-    for content in contents:
-        (tmp_path / "neutral.pkl").write_bytes(content)
-        ours = SMPL(tmp_path / "neutral.pkl")
-        for name in ("v_template", "shapedirs", "J_regressor", "cocoplus_regressor", "faces"):
-            close(getattr(ours, name), getattr(body, name), 1e-7, f"{name} changed in the pickle")
-        assert ours.parents == PARENTS and ours.name == "neutral.pkl"
+    if protocol % 2:            # as Python 3 saves what it loaded with encoding="bytes"
+        regressor.__dict__ = {key.encode(): value for key, value in vars(regressor).items()}
+        arrays = {key.encode(): value for key, value in arrays.items()}
+    (tmp_path / "neutral.pkl").write_bytes(pickle.dumps(arrays, protocol))
+    ours = SMPL(tmp_path / "neutral.pkl")
+    for name in ("v_template", "shapedirs", "J_regressor", "cocoplus_regressor", "faces"):
+        close(getattr(ours, name), getattr(body, name), 1e-7, f"{name} changed in the pickle")
+    assert ours.parents == PARENTS, "the root's parent is stored as 2^32 - 1"
 
 
 def test_chumpy_arrays_load_without_chumpy(tmp_path, monkeypatch, body, capsys):
@@ -59,29 +52,27 @@ def test_chumpy_arrays_load_without_chumpy(tmp_path, monkeypatch, body, capsys):
     for name in ("chumpy", "chumpy.ch", "chumpy.reordering"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
 
-    def node(module: str, name: str, **attributes):
-        """An object whose pickle says chumpy.<module>.<name>, without chumpy."""
-        cls = type(name, (), {"__module__": f"chumpy.{module}"})
-        made = vars(sys.modules[f"chumpy.{module}"]).setdefault(name, cls)()
+    def node(name: str, **attributes):
+        """An object whose pickle says chumpy.ch.Ch or chumpy.reordering.Select, without chumpy."""
+        module = "chumpy.ch" if name == "Ch" else "chumpy.reordering"
+        cls = type(name, (), {"__module__": module})
+        made = vars(sys.modules[module]).setdefault(name, cls)()
         made.__dict__.update(attributes)
         return made
     arrays, order = official_arrays(), np.random.default_rng(0).permutation(3 * 1229)
-    shuffled = np.empty(3 * 1229)
-    shuffled[order] = arrays["v_template"].ravel()
-    arrays["v_template"] = node("reordering", "Select", a=node("ch", "Ch", x=shuffled), idxs=order,
-                                preferred_shape=(1229, 3), _dirty_vars={"x"})
-    arrays["weights"] = node("reordering", "transpose", a=node("ch", "Ch", x=arrays["weights"].T))
+    shuffled = arrays["v_template"].ravel()[order]
     shapedirs = np.concatenate([arrays["shapedirs"], np.ones((1229, 3, 290))], 2)  # as v1.1 files
-    arrays["shapedirs"] = node("reordering", "Reshape", newshape=(1229, 3, 300),
-                               a=node("ch", "Ch", x=shapedirs.ravel()))
-    content = [pickle.dumps(arrays, protocol) for protocol in (2, 5)]
+    arrays |= {"v_template": node("Select", a=node("Ch", x=shuffled), idxs=order.argsort(),
+                                  preferred_shape=(1229, 3), _dirty_vars={"x"}),
+               "weights": node("transpose", a=node("Ch", x=arrays["weights"].T)),
+               "shapedirs": node("Reshape", a=node("Ch", x=shapedirs.ravel()),
+                                 newshape=(1229, 3, 300))}
+    (tmp_path / "ch.pkl").write_bytes(pickle.dumps(arrays, 2))
     monkeypatch.undo()                          # there is no chumpy any more
-    for each in content:
-        (tmp_path / "ch.pkl").write_bytes(each)
-        ours = SMPL(tmp_path / "ch.pkl")
-        for name in ("v_template", "weights", "shapedirs"):
-            close(getattr(ours, name), getattr(body, name), 1e-7, f"{name}: a wrong view of it")
-        assert "300 betas: the first 10" in capsys.readouterr().out
+    ours = SMPL(tmp_path / "ch.pkl")
+    for name in ("v_template", "weights", "shapedirs"):
+        close(getattr(ours, name), getattr(body, name), 1e-7, f"{name}: a wrong view of it")
+    assert "300 betas: the first 10" in capsys.readouterr().out
 
 
 # What cPickle of Python 2.7 wrote, with numpy 1.16.6 and chumpy 0.70, for {"v_template":
@@ -102,19 +93,18 @@ BYTES = b"(I%d\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\ntbI00\n"
 
 
 def test_what_python_2_wrote_loads():
-    assert read_arrays(PYTHON_2)["v_template"].tolist() == [[1.5, 3], [-2, 4]]
+    assert read_arrays(PYTHON_2)["v_template"].tolist() == [[1.5, 3], [-2, 4]], "protocol 2"
     text = (BYTES % 3 + b"S'\\x00\\xff\\n'\n").join(ARRAY_OF)
     assert read_arrays(text)["f"].tolist() == [0, 255, 10], "protocol 0"
 
 
 @pytest.mark.parametrize("layout", [
     lambda x: x, np.asfortranarray, lambda x: x.transpose(1, 0, 2), lambda x: x[:, :, ::2],
-    lambda x: np.array(x[1, 2, 3]), lambda x: x.astype(x.dtype.newbyteorder(">")).T,
-    lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape).transpose(1, 0, 2)],
-    ids=["C", "Fortran", "axes moved", "gaps", "0-d", "big-endian, transposed", "read-only"])
+    lambda x: x[1, 2, 3], lambda x: x.astype(x.dtype.newbyteorder(">")).T],
+    ids=["C", "Fortran", "axes moved", "gaps", "0-d", "big-endian, transposed"])
 def test_every_layout_that_numpy_writes_loads(layout):
-    for dtype in "f8 f4 f2 i8 i4 i2 i1 u8 u4 u2 u1 b1".split():
-        array = layout(np.arange(24).reshape(2, 3, 4).astype(dtype))
+    for dtype in "f8 f4 i8 i4 u4 u1 b1".split():
+        array = np.asarray(layout(np.arange(24).reshape(2, 3, 4).astype(dtype)))
         for protocol in range(6):
             content = pickle.dumps({"f": array}, protocol)
             if protocol < 4:                    # numpy 2's module has another name than numpy 1's
@@ -135,20 +125,17 @@ def test_without_hmrs_regressor_keypoints_are_approximate(tmp_path, capsys):
     out = model(torch.zeros(1, 10), torch.zeros(1, 72))
     kp = dict(zip(KEYPOINT_NAMES, out.keypoints[0]))
     close(kp["left_wrist"], out.joints[0, 20], 1e-5, "limbs are the skeleton's joints")
-    for name, vertex in (("nose", 332), ("left_eye", 2800), ("right_eye", 6260), ("left_ear", 583),
-                         ("right_ear", 4071)):
+    for name, vertex in (("nose", 332), ("left_ear", 583), ("right_ear", 4071)):
         close(kp[name], model.v_template[vertex], 1e-6, f"{name}: the paper counts from 1")
-    assert kp["head_top"][1] == model.v_template[:, 1].max()
+    assert kp["head_top"][1] == model.v_template[:, 1].max(), "the head's top is the highest"
 
 
 def test_a_pickle_becomes_the_plain_layout(tmp_path, body, capsys, monkeypatch):
     (tmp_path / "neutral.pkl").write_bytes(pickle.dumps(official_arrays(), 2))
     arguments = [str(tmp_path / name) for name in ("neutral.pkl", "plain.npz")]
     assert body_file.main(arguments) == 0 and "1,229 vertices" in capsys.readouterr().out
-    for bad, sentence in ((arguments, "name of a new file"), ([arguments[0], "x.pkl"], "ends in"),
-                          (["absent.pkl", str(tmp_path / "y.npz")], "no such file")):
-        assert body_file.main(bad) == 2
-        assert sentence in capsys.readouterr().err
+    assert body_file.main(arguments) == 2, "plain.npz was overwritten"
+    assert "name of a new file" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "appendix.body_file", None)      # it is not needed any more
     plain = SMPL(tmp_path / "plain.npz")
     for name in ("v_template", "posedirs", "J_regressor", "cocoplus_regressor", "faces"):
@@ -163,62 +150,42 @@ def test_a_pickle_becomes_the_plain_layout(tmp_path, body, capsys, monkeypatch):
 class Hostile:
     """An object whose pickle asks for a call."""
 
-    def __init__(self, function, *args):
-        self.call = function, args
+    def __init__(self, *call):
+        self.call = call[0], call[1:]
 
     def __reduce__(self):
         return self.call
 
 
-@pytest.mark.parametrize("call", [(os.system, "touch hacked"), (eval, "open('hacked', 'w')"),
-                                  (np.load, "x"), (bytearray, 10 ** 12),
-                                  (Hostile, os.system, "touch hacked")])
-def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch, call):
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch, protocol):
     monkeypatch.chdir(tmp_path)
-    for protocol in range(6):
-        Path("evil.pkl").write_bytes(pickle.dumps({"v_template": Hostile(*call)}, protocol))
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("trap.py").write_text("raise SystemExit")        # a module that a file names
+    evil = [pickle.dumps({"v_template": Hostile(*call)}, protocol) for call in (
+        (os.system, "touch hacked"), (np.load, "x"), (Hostile, os.system, "touch hacked"))]
+    for content in (*evil, b"\x80\4}\x8c\1f\x8c\4trap\x8c\6system\x93)Rs."):
+        Path("evil.pkl").write_bytes(content)
         with pytest.raises(ValueError, match="refused, it asks for"):
             SMPL("evil.pkl")
-    assert os.listdir() == ["evil.pkl"], "something was written"
+    assert set(os.listdir()) == {"evil.pkl", "trap.py"}, "something was written"
 
 
-def test_a_module_that_a_file_names_is_never_imported(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "trap.py").write_text("raise SystemExit")
-    for name, sentence in ((b"\x06system", "trap.system"), (b"\2Ch", "neither")):  # Ch is chumpy's
-        with pytest.raises(ValueError, match=sentence):
-            read_arrays(b"\x80\4}\x8c\1f\x8c\4trap\x8c%s\x93)Rs." % name)
-    assert "trap" not in sys.modules
-
-
-FORGED_DTYPE = (b"cnumpy\ndtype\n(S'f8'\nI0\nI1\ntR(I3\nS'|'\nN(S'a'\nt(dS'a'\n(cnumpy\ndtype\n"
-                b"(S'f8'\nI0\nI1\ntRI1000000000\ntsI8\nI1\nI0\ntb")
-EIGHT = b"S'" + b"A" * 8 + b"'\n"
 DOUBLED = b")q\0" + b"0h\0h\0\x86q\0" * 60    # a tuple of the tuple before twice, 60 times over
-# a frozenset of the one before and of {the one before}, 40 times over, made twice: compare them!
-EQUAL = [b"(K\0\x91q" + n + (b"0((h" + n + b"\x91h" + n + b"\x91q" + n) * 40
-         for n in (b"\0", b"\1")]
 ATTACKS = {
     "attributes of a name": (b"c_codecs\nencode\n(N(dS'__defaults__'\n(S'x'\ntstb.", "neither"),
-    # numpy's own classes trust a pickled state: real ones end the process for these two
-    "fields far away": ((b"(I1\nt" + FORGED_DTYPE + b"I00\n" + EIGHT).join(ARRAY_OF), "lacks"),
+    # numpy's own classes trust a pickled state: a real one ends the process for this
     "objects without any": (b"(I200000000\ntcnumpy\ndtype\n(S'O8'\nI0\nI1\ntRI00\n(l".join(
         ARRAY_OF), "not of numbers"),
-    "more numbers than bytes": ((BYTES % 9 + EIGHT).join(ARRAY_OF), "neither.*reshape"),
     # memory that is declared and never there
     "a bytearray of 2^31": (b"\x80\x05\x96\0\0\0\x80\0\0\0\0abc.", "neither.*truncated"),
-    "an array of 2^40 numbers": (b"(dS'f'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
-                                 b"(I1099511627776\ntS'd'\ntRs.", "neither"),
     "an argument for each letter": (b"(dS'f'\ncnumpy\nndarray\nS'" + b"A" * 10 ** 6 + b"'\nRs.",
                                     "without arguments"),
     # whoever computes a hash or compares, never ends; whoever recurses, ends the process
     "a doubled tuple as a key": (b"\x80\4}" + DOUBLED + b"Ns.", "neither.*unhashable"),
-    "a doubled tuple in a set": (b"\x80\4\x8f(" + DOUBLED + b"\x90.", "neither.*unhashable"),
-    "keys that are equal frozensets": (b"\x80\4}(" + b"N".join(EQUAL) + b"Nu.", "neither"),
     "a key of a million tuples": (b"\x80\2})" + b"\x85" * 10 ** 6 + b"Ns.", "20,000 instructions"),
     "an array that holds itself": (b"(dp0\nS'v_template'\ncchumpy.ch\nCh\n(tRp1\n(dS'x'\ng1\nsbs.",
-                                   "neither"),
-    "cut inside a frame": (b"\x80\x04\x95\x10\0\0\0\0\0\0\0}", "neither.*truncated")}
+                                   "neither")}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -233,46 +200,32 @@ def test_a_hostile_pickle_takes_neither_memory_nor_time(name):
 
 
 @pytest.mark.parametrize("kind, parts", [
-    # with scipy's own toarray each of these reads or writes out of bounds, which ends the process
+    # with scipy's own toarray these read or write out of bounds, which ends the process
     ("csc", dict(indices=[2 ** 30] * 3)), ("csr", dict(indices=[-1] * 3)),
-    ("coo", dict(row=[2 ** 30] * 3)), ("coo", dict(row=np.full(3, 2 ** 64 - 9, np.uint64))),
-    ("csc", dict(data=np.ones(9 ** 5))), ("csr", dict(_shape=(10 ** 4, 10 ** 4))),
-    # scipy's check_format lets these two pass
-    ("csc", dict(indptr=np.array([0, 5 * 10 ** 8, 5 * 10 ** 8, 0], np.int32))),
-    ("csr", dict(indptr=np.array([0, 2 ** 31 - 1, -2, 3], np.int32)))])
+    ("csr", dict(data=[1] * 9 ** 5)), ("csr", dict(_shape=(10 ** 4, 10 ** 4))),
+    ("csr", dict(indptr=[0, 2 ** 31 - 1, -2, 3]))])       # scipy's check_format lets it pass
 def test_forged_sparse_matrices_are_refused_not_followed(kind, parts):
-    contents = []
-    for changes in (parts, {}):                 # a unit matrix as scipy before 1.13 stored it
-        matrix = getattr(scipy.sparse, f"{kind}_matrix")(np.eye(3))
-        if kind == "coo":
-            vars(matrix).pop("coords", None)
-            vars(matrix).update(row=np.arange(3), col=np.arange(3))
-        vars(matrix).update({key: np.asarray(x) if isinstance(x, list) else x
-                             for key, x in changes.items()})
-        contents.append(pickle.dumps({"J_regressor": matrix}, 2))
+    matrix = getattr(scipy.sparse, f"{kind}_matrix")(np.eye(3))
+    whole = read_arrays(pickle.dumps({"J_regressor": matrix}, 2))["J_regressor"]
+    assert (whole == np.eye(3)).all(), "rows and columns mixed up"
+    vars(matrix).update({key: np.array(x, np.int32) if isinstance(x, list) else x
+                         for key, x in parts.items()})
+    begun = time.perf_counter()
     with pytest.raises(ValueError, match="neither .*get the file again"):
-        read_arrays(contents[0])
-    assert (read_arrays(contents[1])["J_regressor"] == np.eye(3)).all()
+        read_arrays(pickle.dumps({"J_regressor": matrix}, 2))
+    assert time.perf_counter() - begun < 5, "memory was filled before the counts were checked"
 
 
 def test_what_would_unpack_to_gigabytes_is_refused(tmp_path):
-    """Bodies of int8, which would become eight times as large as float64."""
-    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("f.npy", "w") as file:
-            np.lib.format.write_array_header_1_0(file, {
-                "descr": "|i1", "fortran_order": False, "shape": (2 ** 27,)})
-            for _ in range(128):
-                file.write(bytes(2 ** 20))
+    """Bodies of int8, which float64 makes eight times as large; nine arrays may be one."""
     array = ARRAY + b"(I1\n" + BYTES % 2 ** 24 + b"S'" + b"a" * 2 ** 24 + b"'\ntbp0\ns"
     nine = b"".join(b"S'%s'\ng0\ns" % key.encode() for key in body_file.KEYS)
     (tmp_path / "bomb.pkl").write_bytes(b"(dS'x'\n" + array + nine + b".")
+    np.savez_compressed(tmp_path / "bomb.npz", f=np.zeros(2 ** 27, np.int8))
     for name in ("bomb.npz", "bomb.pkl"):
         with pytest.raises(ValueError, match=f"{name}: refused, it unpacks to more than 128 mill"):
             load_body(tmp_path / name)
 
-
-# ============================================================================================
-# Body files that are none
 
 STEER = "\x1b[2J\r\x07\u202e\x9b"               # clears the screen, goes back, rings, turns round
 
@@ -281,10 +234,8 @@ STEER = "\x1b[2J\r\x07\u202e\x9b"               # clears the screen, goes back, 
     (b"", "an empty file"), (b"\r\n <!DOCTYPE html>\n<html>Log in</html>", "HTML page: log in"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "Git LFS pointer: run git"),
     (b"\x1f\x8b\x08\0\0\0\0\0", "gzip archive: unpack it"), (b'{"v_template": [1]}', "JSON"),
-    (b"PK\3\4", "not a whole"), (b"hello", "neither .* truncated"),
-    (pickle.dumps({"f": 1})[:-3], "neither .* truncated"), (pickle.dumps([1]), "found list"),
-    (pickle.dumps({"f": [1]}), "list where numbers"), (STEER.encode(), "neither"),
-    (pickle.dumps({"f": np.array(["a"])}), "not of numbers"),
+    (b"PK\3\4", "not a whole"), (pickle.dumps({"f": 1})[:-3], "neither .* truncated"),
+    (pickle.dumps([1]), "found list"), (pickle.dumps({"f": [1]}), "list where numbers"),
     (b"cos\nsystem" + STEER.encode() + b"\n.", "os.system" + re.escape(printable(STEER))),
     (b"c" + b"m" * 10 ** 6 + b"\nn\n.", "refused")], ids=lambda x: x if len(x) < 30 else "")
 def test_what_is_no_body_is_called_by_its_name(tmp_path, content, sentence):
@@ -298,20 +249,14 @@ def test_what_is_no_body_is_called_by_its_name(tmp_path, content, sentence):
 def test_bad_body_files_end_in_a_sentence(tmp_path):
     arrays = {k: v.toarray() if scipy.sparse.issparse(v) else v
               for k, v in official_arrays().items() if not isinstance(v, (str, dict))}
-    wrong, tree = arrays["v_template"].astype(np.float64), arrays["kintree_table"].copy()
-    tree[0, 5] = 1
-
-    def tree_of(n: int):
-        return np.stack([np.arange(n) - 1, np.arange(n)]).astype(np.uint32)
+    wrong, tree = arrays["v_template"].astype(np.float64), np.stack([np.arange(55) - 1] * 2)
     for changes, sentence in [
             (dict(weights=None), "lacks weights"),
             (dict(cocoplus_regressor=None), "lacks cocoplus_regressor"),
             (dict(v_template=np.where(wrong > 0.8, np.nan, wrong)), "v_template holds NaN"),
             (dict(v_template=np.where(wrong > 0.8, 1e39, wrong)), "v_template holds .* over 10"),
             (dict(posedirs=np.zeros((4, 3, 207))), "posedirs is"),
-            (dict(kintree_table=tree), "kintree_table is not SMPL's"),
-            (dict(kintree_table=tree_of(55), cocoplus_regressor=None), "55, as SMPL-X"),
-            (dict(kintree_table=np.zeros(3)), "kintree_table is not SMPL's"),
+            (dict(kintree_table=tree.astype(np.uint32)), "55, as SMPL-X"),
             (dict(kintree_table=np.zeros((0, 24))), "kintree_table is not SMPL's"),
             (dict(f=arrays["f"] + 10 ** 6), "f must be"), (dict(f=arrays["f"] + 0.5), "f must be"),
             (dict(f=np.zeros((0, 3))), "f is"), (dict(f=np.array([["a"]])), "f is"),

@@ -1,8 +1,7 @@
 """Shape comments that cannot lie: each trailing `# (B, 24, 3)` against the tensors of a small run.
 
 `sys.settrace` watches the chapters build, train, measure and draw for a moment and notes the shape
-of whatever a line assigns or returns.  The comments are then held against the notes, so that a
-changed comment needs no new run.  How they are read:
+of whatever a line assigns or returns.  The comments are then held against the notes:
 
     # (B, 24, 3) words                      the line's result; of several results, each one
     # (N, 72 or 144), (N, 10); N = B * T    result by result; the equation is checked as well
@@ -134,7 +133,7 @@ class Watch:
         self.nodes = {path: statements(source) for path, source in SOURCES.items()}
         self.comments = {path: comments(source) for path, source in SOURCES.items()}
         self.letters = set(re.findall(r"[A-Za-z]\w*", str(self.comments)))
-        self.calls, self.made, self.reshaped = set(), set(), {}
+        self.calls, self.reshaped = set(), {}
         self.running = {}                       # frames of the chapters' functions -> their notes
         self.fields = {(node.name, field.target.id): (path, field.lineno)    # NamedTuples'
                        for path, nodes in self.nodes.items() for node in nodes.values()
@@ -195,10 +194,8 @@ class Call:
         found, line = tuple(map(shapes, values)), (self.path, node.lineno)
         made = {leaf for shape in found if shape is None or shape[:1] != ("dict",)
                 for leaf in leaves(shape)}          # a dict's parts have names, and a docstring
-        if is_result and made:
-            self.watch.made.add(line)
-            if made - self.read:
-                self.watch.reshaped[line] = found
+        if is_result and made - self.read:
+            self.watch.reshaped[line] = found
         if node.lineno in self.watch.comments[self.path] and found != (("list",),) and any(
                 value is not None for value in values):
             numbers = tuple((name, value) for name, value in frame.f_locals.items()
@@ -221,7 +218,6 @@ def run(folder: Path) -> None:
         pretrained="none", amp="off", eval_pictures=7, out=str(folder / "run")),
         theta_bar=lambda rotation: hmr.mean_theta(torch.zeros(72), rotation))
     model, D, config = train.load(folder / "run" / "checkpoint.pt", device="cpu")
-    train.print_clips(model, config)
     body, theta = model.smpl, torch.rand(3, 157).requires_grad_()        # with 6D rotations
     hmr.mean_theta(body.mean_pose, "6d")
     world = data.SyntheticPeople(body, data.load_mocap(False, False), 3, 32, "hard")
@@ -296,30 +292,23 @@ def is_true(text: str, found: tuple, known: dict) -> bool:
     return bool(pairs) and len(said) == len(found)
 
 
-def lies(texts: dict[int, str], notes: tuple) -> list[tuple[int, tuple]]:
-    """What is false in one call: numbers of statements and live shapes."""
-    known, found = {0: {}}, []
+def lies(texts: dict[int, str], notes: tuple) -> dict[int, tuple]:
+    """What is false in one call: numbers of statements -> live shapes."""
+    known, found = {0: {}}, {}
     for call, line, is_result, live, numbers in notes:
         letters = known.setdefault(call, dict(known[0]))
         letters.update(numbers)
         sides = texts[line].split(" -> ")
         if not is_true(sides[is_result and len(sides) > 1], live, letters):
-            found.append((line, live))
+            found[line] = live
     return found
 
 
-def all_lies(watch: Watch, path: str, texts: dict[int, str], line: int | None = None) -> set[str]:
-    """All that is false in a chapter, or in the calls that come by one line."""
-    return {f"{place(path, at)}: # {texts[at]}, but live: {', '.join(map(str, live))}"
-            for of, notes in watch.calls if of == path and (
-                line is None or any(note[1] == line for note in notes))
-            for at, live in lies(texts, notes)}
-
-
 def test_shape_comments_are_true(watch):
-    false = {lie.split(", but live: ")[0]: lie for path, texts in watch.comments.items()
-             for lie in all_lies(watch, path, texts)}            # of several live shapes, one
-    assert not false, "\n".join(sorted(false.values()))
+    false = {place(path, line): f"# {watch.comments[path][line]}, but live: {live}"
+             for path, notes in watch.calls
+             for line, live in lies(watch.comments[path], notes).items()}    # one of several
+    assert not false, "\n".join(f"{where}: {what}" for where, what in sorted(false.items()))
     for path, texts in watch.comments.items():
         for line, text in texts.items():
             node = watch.nodes[path][line]
@@ -335,27 +324,10 @@ def test_lines_that_reshape_say_the_shape(watch):
             and not re.search(CONSTRUCTOR, lines[line[0]][line[1] - 1]) and set(live) != {()}}
     compared = {(path, note[1]) for path, notes in watch.calls for note in notes}
     share = 1 - len(bare) / len(watch.reshaped)
-    print(f"{len(watch.made)} lines make a tensor, {len(watch.reshaped)} of another shape than "
-          f"each operand's; {share:.1%} of these say it; {len(compared)} comments compared")
+    print(f"{len(watch.reshaped)} lines make a tensor of another shape than each operand's; "
+          f"{share:.1%} of these say it; {len(compared)} comments compared")
     assert share >= 0.9, f"only {share:.1%}; no shape is said in\n" + "\n".join(
         f"{place(*line)}: {live}" for line, live in sorted(bare.items()))
     never = [(path, line) for path, texts in watch.comments.items() for line in texts
              if (path, line) not in compared]
     assert len(never) <= 5, f"the run above comes by none of {[place(*line) for line in never]}"
-
-
-def test_a_number_changed_by_one_is_caught(watch):
-    """Every number of every comment is made to lie."""
-    missed, told = [], []
-    for path, texts in watch.comments.items():
-        for line, text in texts.items():
-            said = re.match(f"{SHAPE}(, {SHAPE})*( -> {SHAPE})?", text)[0]
-            for digits in re.finditer(r"\d+", said):
-                start, end = digits.span()
-                lie = text[:start] + str(int(digits[0]) + 1) + text[end:]
-                name = f"{place(path, line)}: # {lie}"
-                found = all_lies(watch, path, texts | {line: lie}, line)
-                (told if any(name in each for each in found) else missed).append(name)
-    print(f"{len(told) + len(missed)} numbers changed by one, {len(missed)} unnoticed:", *missed)
-    # A letter that stands nowhere else in its function may mean anything, as C in C + 85.
-    assert len(told) > 200 and len(missed) <= 0.02 * len(told), "\n".join(missed)
