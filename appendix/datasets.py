@@ -5,13 +5,12 @@
         lsp:DIR --mocap AMASS [flags of train.py]
     python -m appendix.datasets measure CHECKPOINT --data spin:h36m_valid_protocol1.npz@IMAGES
 
-`train` is train.py's command with another world: the loop there asks its world for `batch(step)`
-and `motion(n, step)`, and here the world is RealPeople, below.  No chapter needs this file.
+`train` is train.py's command with another world, RealPeople, below.  No chapter needs this file.
 Sec. 3.4 and 4.1; official data_loader and converters; SPIN's files.
 
 Axes:  N people of a data set   B pictures of a batch   H, W pixels of a picture   V vertices
        size = 224 pixels of a crop   19 keypoints   24 joints: SMPL's in pose and rotmats, SPIN's
-       "J24" in S and part   M recorded frames   P joints that are compared
+       "J24" in S and part   M recorded frames   P points, or joints that are compared
 2D as everywhere: crop coordinates in [-1, 1]; a picture's pixel i covers [i, i + 1).  Annotations
 that count whole pixels get + 0.5 where they are read, MATLAB's, which count from 1, - 0.5.
 """
@@ -20,6 +19,7 @@ import argparse
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -46,7 +46,7 @@ from torchvision.transforms.v2 import functional as vision
 
 import train
 from appendix.spin import Network, load_network
-from data import CROPS, Batch, SyntheticPeople, load_mocap, seed_of
+from data import CROPS, Batch, SyntheticPeople, load_mocap
 from hmr import BETAS, LEFT_HIP, LSP, RIGHT_HIP, hip_midpoint, mean_theta
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, SMPL, batch_rodrigues,
                   exit_status, plain_file, printable, rot6d_to_rotmat, say, write_atomically)
@@ -55,10 +55,9 @@ from train import Config, compute_similarity_transform, summarize
 # --------------------------------------------------------------------------------------------
 # 1. Joint orders.  Every map below is made by name; the published number tables are in the tests.
 
-FACE = KEYPOINT_NAMES[LSP:]                                           # nose, eyes, ears
 # SPIN's 24 slots: LSP's 14, then points that other data sets have, then the face.
 J24_NAMES = (*KEYPOINT_NAMES[:LSP], "pelvis_mpii", "thorax_mpii", "spine_h36m", "jaw_h36m",
-             "head_h36m", *FACE)
+             "head_h36m", *KEYPOINT_NAMES[LSP:])
 COCO_NAMES = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder",
               "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist",
               "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle")
@@ -79,6 +78,9 @@ J24_TO_19, COCO_TO_19 = to_19(J24_NAMES), to_19(COCO_NAMES)
 J24_TO_14 = [J24_NAMES.index(name) for name in FIELD14]
 H36M_TO_14 = [H36M_NAMES.index(name) for name in FIELD14]
 J24_PELVIS = J24_NAMES.index("pelvis_mpii")         # the root of H3.6M's and 3DHP's S
+HEAD_TOP, HEAD = (J24_NAMES.index(name) for name in ("head_top", "head_h36m"))
+# Slots of J24 at both ends of shins, thighs, forearms and upper arms.
+LIMB_ENDS = [0, 1, 4, 5, 6, 7, 10, 11], [1, 2, 3, 4, 7, 8, 9, 10]
 
 ORDERS = {"keypoints (HMR)": KEYPOINT_NAMES, "LSP, LSPET": KEYPOINT_NAMES[:LSP],
           "part, S (SPIN)": J24_NAMES, "COCO": COCO_NAMES, "J_regressor_h36m": H36M_NAMES,
@@ -88,47 +90,40 @@ ORDERS = {"keypoints (HMR)": KEYPOINT_NAMES, "LSP, LSPET": KEYPOINT_NAMES[:LSP],
 # --------------------------------------------------------------------------------------------
 # 2. The crop (official data_loader) and the flip
 
-def extents(points: Tensor, visible: Tensor) -> Tensor:
-    """Box of the visible points: (N, P, 2), (N, P) -> (N, 4) = low x, y, high x, y; without any
-    infinity, minus infinity."""
-    seen = (visible > 0)[..., None]                                   # (N, P, 1)
-    low = torch.where(seen, points, math.inf).amin(1)                 # (N, 2)
-    high = torch.where(seen, points, -math.inf).amax(1)               # (N, 2)
-    return torch.cat([low, high], 1)                                  # (N, 4)
+def point_windows(points: Tensor, visible: Tensor, crop: str) -> tuple[Tensor, Tensor]:
+    """Where people are cut out: points (N, 19 or 24, 2) pixels, visible (N, 19 or 24) -> middles
+    (N, 2) and sides (N,) of squares, NaN for less than 2 points or 5 pixels.
 
-
-def person_scales(keypoints: Tensor, visible: Tensor, crop: str = "official",
-                  extent: Tensor | None = None) -> Tensor:
-    """`person_scale` of many: keypoints (N, 19, 2) pixels, visible (N, 19) -> (N,), infinite or
-    not a number for less than 5 pixels or 2 visible points.  extent (N, 4): the box of all points
-    that are labelled, if these are more than the 19."""
-    extent = extents(keypoints, visible) if extent is None else extent            # (N, 4)
-    box = (extent[:, 2:] - extent[:, :2]).norm(dim=-1)                # (N,) 0 for a single point
-    seen = visible > 0                                                # (N, 19)
+    Where an ankle is visible, the diagonal of the visible points' box becomes 150 pixels of 224;
+    where none is (the person is cut off), the mean shoulder-to-hip distance 75; without that the
+    box 50.  (COCO's converter.  MPII's takes head top to hip, 75, else shoulder to hip, 56, else
+    leaves the person out.)  crop: of data.CROPS, another than the official one scales all three
+    alike; or "spin": 1.2 times the box's longer side.
+    """
+    seen = visible > 0                                                # (N, P)
+    low = torch.where(seen[..., None], points, math.inf).amin(1)      # (N, 2)
+    high = torch.where(seen[..., None], points, -math.inf).amax(1)    # (N, 2)
     ankles, shoulders, hips = (0, 5), (8, 9), (2, 3)                  # right and left
-    torsos = (keypoints[:, shoulders] - keypoints[:, hips]).norm(dim=-1)          # (N, 2)
+    torsos = (points[:, shoulders] - points[:, hips]).norm(dim=-1)    # (N, 2)
     whole = seen[:, shoulders] & seen[:, hips]                        # (N, 2) both ends visible
     torso = torch.where(whole, torsos, 0).sum(1) / whole.sum(1)       # (N,) 0 / 0 = NaN: none
     cut_off = ~seen[:, ankles].any(1)                                 # (N,)
     by_torso = cut_off & whole.any(1)                                 # (N,)
-    length = torch.where(by_torso, torso, box)                        # (N,)
+    length = torch.where(by_torso, torso, (high - low).norm(dim=-1))  # (N,)
     wanted = torch.where(by_torso, 75, torch.where(cut_off, 50, 150))             # (N,)
-    scale = wanted * CROPS[crop][0] / 150 / length                    # (N,)
-    return torch.where((length < 5) | (extent[:, 2] < extent[:, 0]), math.nan, scale)
+    side = 1.2 * (high - low).amax(1) if crop == "spin" else (
+        224 * 150 / CROPS[crop][0] * length / wanted)                 # (N,)
+    good = (length >= 5) & (length < math.inf)                        # (N,) infinite: no point
+    return (low + high) / 2, torch.where(good, side, math.nan)
 
 
 def person_scale(keypoints: Tensor, visible: Tensor, crop: str = "official") -> float:
-    """How many pixels of a 224 crop a picture's pixel becomes, by the official converters' rule.
-
-    Where an ankle is visible, the diagonal of the visible points' box becomes 150 pixels; where
-    none is (the person is cut off), the mean shoulder-to-hip distance 75; without that the box 50.
-    (COCO's converter.  MPII's takes head top to hip, 75, else shoulder to hip, 56, else leaves the
-    person out.)  crop: of data.CROPS; another than the official one scales all three alike.
-    """
-    scale = person_scales(keypoints[None], visible[None], crop).item()
-    if not math.isfinite(scale):
-        raise ValueError("cropping needs a person of at least 5 pixels")
-    return scale
+    """How many pixels of a 224 crop a picture's pixel becomes, by the rule of `point_windows`:
+    keypoints (19, 2) pixels, visible (19,).  Raises ValueError."""
+    side = point_windows(keypoints[None], visible[None], crop)[1].item()
+    if math.isnan(side):
+        raise ValueError("cropping needs at least 2 visible keypoints, at least 5 pixels apart")
+    return 224 / side
 
 
 def cut_window(image: Tensor, center: Tensor, side: float, size: int,
@@ -158,6 +153,15 @@ def cut_window(image: Tensor, center: Tensor, side: float, size: int,
     return cut if image.is_floating_point() else cut.round().to(image.dtype)
 
 
+def cut_person(image: Tensor, points: Tensor, visible: Tensor, center: Tensor, side: float,
+               size: int, shift: tuple[float, float], zoom: float,
+               padding: str = "border") -> tuple[Tensor, Tensor]:
+    """`crop_person`, where the window is known before its jitter."""
+    center, side = center + center.new_tensor(shift) * side / 224, side / zoom    # (2,)
+    points = torch.where(visible[:, None] > 0, 2 * (points - center) / side, 0)   # (19, 2)
+    return cut_window(image, center, side, size, padding), points
+
+
 def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 224,
                 shift: tuple[float, float] = (0, 0), zoom: float = 1.0,
                 crop: str = "official") -> tuple[Tensor, Tensor]:
@@ -173,20 +177,9 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
     if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
         raise ValueError(f"the picture must be (3, H, W), numbers in [0, 1] (divide bytes by 255, "
                          f"colours first); got {tuple(image.shape)}, {image.dtype}")
-    seen = keypoints[visible > 0]                                     # (n, 2)
-    if len(seen) < 2:
-        raise ValueError(f"cropping needs at least 2 visible keypoints, got {len(seen)}")
-    center, side = jittered((seen.amin(0) + seen.amax(0)) / 2,
-                            224 / person_scale(keypoints, visible, crop), shift, zoom)    # (2,)
-    points = 2 * (keypoints - center) / side                          # (19, 2)
-    points = torch.where(visible[:, None] > 0, points, torch.zeros_like(points))
-    return cut_window(image, center, side, size), points
-
-
-def jittered(center: Tensor, side: float, shift: tuple[float, float],
-             zoom: float) -> tuple[Tensor, float]:
-    """A window moved by `shift`, in pixels of a 224 crop, and then made smaller by `zoom`."""
-    return center + center.new_tensor(shift) * side / 224, side / zoom            # (2,)
+    side = 224 / person_scale(keypoints, visible, crop)
+    center = point_windows(keypoints[None], visible[None], crop)[0][0]            # (2,)
+    return cut_person(image, keypoints, visible, center, side, size, shift, zoom)
 
 
 def flip_batch(batch: Batch) -> Batch:
@@ -206,71 +199,23 @@ def flip_batch(batch: Batch) -> Batch:
 # 3. People: the readers' arrays, brought to one form
 
 class People(NamedTuple):
-    """N labelled people of one data set, as arrays: 50,000 of them are 30 MB and not objects."""
-    name: str                     # as on the command line, "coco:person_keypoints_train2014.json"
-    folder: Path                  # of the pictures
-    image: np.ndarray             # (N,) bytes: the picture's path in it
-    keypoints2d: np.ndarray       # (N, 19, 2) pixels, pixel i covers [i, i + 1); 0 if not labelled
-    visible: np.ndarray           # (N, 19) bool
-    extent: np.ndarray            # (N, 4) pixels, low x, y, high x, y of all labelled points, also
-    #                               of those that are no keypoints (the head of H3.6M)
-    box: np.ndarray               # (N, 3) centre x, y and side, pixels: SPIN's box, 1.2 times the
-    #                               person's longer side; NaN if there is none
-    size: np.ndarray              # (N, 2) width, height of the labelled picture; 0: not said
-    S: np.ndarray | None          # (N, 24, 4) J24: X, Y, Z metres in the camera's frame, labelled
-    pose: np.ndarray | None       # (N, 72) axis-angle, root in the camera's frame
-    betas: np.ndarray | None      # (N, 10)
-    has_smpl: np.ndarray          # (N,) bool: pose and betas are labels
-    gender: np.ndarray            # (N,) b"m", b"f" or b"": whose body pose and betas are of
-    skipped: Counter              # why, and how many, rows of the file are left out
+    """N labelled people of one data set: 50,000 of them are 55 MB and not objects.  0: no label."""
+    name: str             # as on the command line, "coco:person_keypoints_train2014.json"
+    folder: Path          # of the pictures
+    image: np.ndarray     # (N,) bytes: the picture's path in it
+    part: Tensor          # (N, 24, 3) J24: x, y pixels (pixel i covers [i, i + 1)), labelled
+    S: Tensor             # (N, 24, 4) J24: X, Y, Z metres in the camera's frame, labelled
+    pose: Tensor          # (N, 72) axis-angle, root in the camera's frame
+    betas: Tensor         # (N, 10)
+    has_smpl: Tensor      # (N,) bool: pose and betas are labels
+    gender: Tensor        # (N,) whose body pose and betas are of: 1 male, 2 female, 0 other
+    box: Tensor           # (N, 3) centre x, y and side, pixels: SPIN's box, 1.2 times the person's
+    #                       longer side; NaN if there is none
+    size: Tensor          # (N, 2) width, height of the labelled picture; 0: not said
+    skipped: Counter      # why, and how many, rows of the file are left out
 
 
 CONFIDENT = 0.2                   # a detector's confidence from which a point counts as labelled
-# Slots of J24 at both ends of shins, thighs, forearms and upper arms.
-LIMB_ENDS = [0, 1, 4, 5, 6, 7, 10, 11], [1, 2, 3, 4, 7, 8, 9, 10]
-
-
-def make_people(name: str, folder: Path, image: list[bytes], points: np.ndarray,
-                visible: np.ndarray, **labels: np.ndarray | dict | None) -> People:
-    """The readers' arrays as People: points (N, 19, 2) in our order or (N, 24, 2) in J24's, and
-    of People's other fields what there is.
-
-    What is not finite as float32 is not labelled: a 2D or 3D point alone, pose and betas together.
-    Without both hips a person has no 3D (they are its origin).  People without any label, or whom
-    nothing says where to crop, are left out.  Raises ValueError if nobody is left, or for a file
-    that is wrong as a whole: millimetres in the place of metres, pictures outside their folder.
-    """
-    for path in image:
-        if path[:1] in b"/\\" or path[1:2] == b":" or b".." in re.split(rb"[/\\]", path):
-            raise ValueError(f"{name}: its picture {os.fsdecode(path)!r} lies outside the folder "
-                             f"of pictures; expected paths that start in that folder")
-    N, points = len(image), float32(points)
-    box, S, pose, betas = (float32(labels.get(key)) for key in ("box", "S", "pose", "betas"))
-    visible = labelled(visible, f"{name}: ") & np.isfinite(points).all(-1)        # (N, 19 or 24)
-    points = np.where(visible[..., None], points, 0)                  # (N, 19 or 24, 2)
-    extent = extents(torch.from_numpy(points), torch.from_numpy(visible)).numpy()
-    if points.shape[1] == len(J24_NAMES):
-        points, visible = points[:, J24_TO_19], visible[:, J24_TO_19]
-    box = np.full((N, 3), np.nan, np.float32) if box is None else box
-    box[~(np.isfinite(box).all(1) & (box[:, 2] >= 5))] = np.nan
-    if S is not None:
-        known = (S[..., 3] > 0) & np.isfinite(S).all(-1)              # (N, 24)
-        known &= known[:, [RIGHT_HIP, LEFT_HIP]].all(1, keepdims=True)
-        S = np.where(known[..., None], S, 0)                          # (N, 24, 4)
-        a, b = (S[:, ends] for ends in LIMB_ENDS)                     # (N, 8, 4) each
-        limb = np.linalg.norm(a - b, axis=2) * (a[..., 3] * b[..., 3] > 0)        # (N, 8)
-        if (limb > 3).any():
-            row = limb.max(1).argmax()
-            raise ValueError(f"{name}: a limb of row {row} is {limb[row].max():.0f} m long; "
-                             f"expected S in metres; is it in millimetres?")
-    has_smpl = np.zeros(N, bool)
-    if pose is not None:
-        has_smpl = np.isfinite(pose).all(1) & np.isfinite(betas).all(1) & (
-            labels.get("has_smpl", np.ones(N)) > 0)                   # (N,)
-        pose, betas = (np.where(has_smpl[:, None], x, 0) for x in (pose, betas))
-    return usable(People(name, folder, np.array(image, "S"), points, visible, extent, box,
-                         labels.get("size", np.zeros((N, 2), int)), S, pose, betas, has_smpl,
-                         labels.get("gender", np.full(N, b"")), labels.get("skipped", {})))
 
 
 def labelled(visible: np.ndarray, where: str = "") -> np.ndarray:
@@ -282,30 +227,63 @@ def labelled(visible: np.ndarray, where: str = "") -> np.ndarray:
     return visible >= CONFIDENT
 
 
-def float32(x: np.ndarray | None) -> np.ndarray | None:
+def float32(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):            # what is too large becomes infinite
-        return None if x is None else np.array(x, np.float32)
+        return np.array(x, np.float32)
 
 
-def which_labels(found: People) -> dict[str, np.ndarray]:
+def make_people(name: str, folder: Path, image: list[bytes], skipped: dict[str, int] = {},
+                **labels: np.ndarray) -> People:
+    """The readers' arrays as People, of whose fields `labels` has what there is.
+
+    What is not finite as float32 is not labelled: a 2D or 3D point alone, pose and betas together.
+    Without both hips a person has no 3D (they are its origin).  Raises ValueError if nobody is
+    left, or if the file is wrong as a whole.
+    """
+    for path in image:
+        if path[:1] in b"/\\" or path[1:2] == b":" or b".." in re.split(rb"[/\\]", path):
+            raise ValueError(f"{name}: its picture {os.fsdecode(path)!r} lies outside the folder "
+                             f"of pictures; expected paths that start in that folder")
+    shapes = {"part": (24, 3), "S": (24, 4), "pose": (72,), "betas": (10,), "has_smpl": (),
+              "gender": (), "box": (3,), "size": (2,)}
+    absent = {"pose": np.nan, "has_smpl": 1}            # without has_smpl each pose is a label
+    part, S, pose, betas, has_smpl, gender, box, size = (
+        float32(labels.get(key, np.full((len(image), *shape), absent.get(key, 0))))
+        for key, shape in shapes.items())
+    seen = labelled(part[..., 2], f"{name}: ") & np.isfinite(part).all(-1)        # (N, 24)
+    known = (S[..., 3] > 0) & np.isfinite(S).all(-1)                  # (N, 24)
+    known &= known[:, [RIGHT_HIP, LEFT_HIP]].all(1, keepdims=True)
+    for array, good in ((part, seen), (S, known)):
+        array[~good], array[good, -1] = 0, 1
+    a, b = (S[:, ends] for ends in LIMB_ENDS)                         # (N, 8, 4) each
+    limb = np.linalg.norm(a - b, axis=2) * a[..., 3] * b[..., 3]      # (N, 8)
+    if limb.size and limb.max() > 3:
+        raise ValueError(f"{name}: a limb of row {limb.max(1).argmax()} is {limb.max():.0f} m "
+                         f"long; expected S in metres; is it in millimetres?")
+    has_smpl = (has_smpl > 0) & np.isfinite(pose).all(1) & np.isfinite(betas).all(1)      # (N,)
+    pose[~has_smpl], betas[~has_smpl] = 0, 0
+    box[~(np.isfinite(box).all(1) & (box[:, 2] >= 5))] = np.nan
+    return usable(People(name, folder, np.array(image, "S"), *map(torch.from_numpy, (
+        part, S, pose, betas, has_smpl, gender.astype(int), box, size.astype(int))),
+        Counter(skipped)))
+
+
+def which_labels(found: People) -> dict[str, Tensor]:
     """Who has labels of each kind: (N,) bool each."""
-    none = np.zeros(len(found.image), bool)
-    return {"2D": found.visible.any(1), "SMPL": found.has_smpl,
-            "3D": none if found.S is None else (found.S[..., 3] > 0).any(1)}
+    return {"2D": found.part[..., 2].any(1), "3D": found.S[..., 3].any(1), "SMPL": found.has_smpl}
 
 
 def usable(found: People) -> People:
     """The people who have a label and can be cropped; the others are counted by their reason."""
-    some_label = np.any(list(which_labels(found).values()), axis=0)   # (N,)
-    can_be_cropped = torch.isfinite(windows(found)[1]).numpy()        # (N,)
-    skipped, keep = Counter(found.skipped), some_label & can_be_cropped
+    some_label = torch.stack(list(which_labels(found).values())).any(0)           # (N,)
+    keep, skipped = some_label & windows(found)[1].isfinite(), Counter(found.skipped)     # (N,)
     skipped["without any label"] += int((~some_label).sum())
     skipped["no 2 keypoints nor box of 5 pixels"] += int((some_label & ~keep).sum())
     if not keep.any():
         raise ValueError(f"{found.name}: nobody in it can be trained on ({reasons(skipped)}); is "
                          f"it the right file?")
-    kept = (x[keep] if isinstance(x, np.ndarray) else x for x in found)
-    return People(*kept)._replace(skipped=skipped)
+    kept = (x[keep] if isinstance(x, Tensor) else x for x in found)
+    return People(*kept)._replace(image=found.image[keep.numpy()], skipped=skipped)
 
 
 def reasons(skipped: Counter) -> str:
@@ -320,46 +298,28 @@ DIAGONAL_OF_BOX = 1.12 / 1.2
 def windows(found: People, crop: str = "official") -> tuple[Tensor, Tensor]:
     """Where each person is cut out: centres (N, 2) and sides (N,), pixels, before jitter.
 
-    By the labelled points; by the box, so that a whole person comes out as large, where there are
-    less than two.  crop "spin": SPIN's box itself, or 1.2 times the points' longer side.
+    By all labelled points, also by those that are no keypoints (H3.6M's head); where there are less
+    than two by the box, so that a whole person comes out as large.  SPIN takes the box itself.
     """
-    extent, box = torch.from_numpy(found.extent), torch.from_numpy(found.box)     # (N, 4), (N, 3)
-    middle = (extent[:, :2] + extent[:, 2:]) / 2                      # (N, 2)
-    if crop == "spin":
-        by_points = torch.isnan(box[:, 2])                            # (N,)
-        side = 1.2 * (extent[:, 2:] - extent[:, :2]).amax(1)          # (N,)
-        side, by_box = torch.where(side > 0, side, math.nan), box[:, 2]           # (N,) each
-    else:
-        side = 224 / person_scales(torch.from_numpy(found.keypoints2d),
-                                   torch.from_numpy(found.visible), crop, extent)     # (N,)
-        by_points = torch.isfinite(side)                              # (N,)
-        by_box = box[:, 2] * DIAGONAL_OF_BOX * 224 / CROPS[crop][0]   # (N,)
-    return (torch.where(by_points[:, None], middle, box[:, :2]),
-            torch.where(by_points, side, by_box))
+    middle, side = point_windows(found.part[..., :2], found.part[..., 2], crop)   # (N, 2), (N,)
+    box = found.box[:, 2] * (1 if crop == "spin" else DIAGONAL_OF_BOX * 224 / CROPS[crop][0])
+    by_box = box.isfinite() if crop == "spin" else side.isnan()       # (N,)
+    return (torch.where(by_box[:, None], found.box[:, :2], middle),
+            torch.where(by_box, box, side))
 
 
 # --------------------------------------------------------------------------------------------
 # 4. Readers of the published files
 
 def read_people(text: str) -> People:
-    """KIND:ANNOTATIONS@IMAGES -> People.  KIND stands before the first ":", IMAGES after the last
-    "@"; of lsp the annotations are a folder that holds the pictures, too."""
+    """KIND:ANNOTATIONS@IMAGES -> People: KIND before the first ":", IMAGES after the last "@"."""
     kind, _, rest = text.partition(":")
     file, _, images = rest.rpartition("@") if "@" in rest else (rest, "", "")
     readers = {"coco": read_coco, "spin": read_spin_file, "lsp": read_lsp}
     if kind not in readers or not file or (kind != "lsp" and not images):
         raise ValueError(f"--data {text}: expected coco:ANNOTATIONS.json@IMAGES, "
                          f"spin:FILE.npz@IMAGES or lsp:DIR, IMAGES being the pictures' folder")
-    found = readers[kind](Path(file), Path(images) if images else None)
-    errors = []                                 # a wrong folder is found now, by 20 pictures
-    for row in np.linspace(0, len(found.image) - 1, 20).astype(int):
-        try:
-            picture_of(found, row)
-            return found
-        except (ValueError, OSError) as error:
-            errors.append(error)
-    raise ValueError(f"--data {text}: none of 20 pictures can be used, the first: {errors[0]} (the "
-                     f"folder after the @ is the one that the annotations' paths start from)")
+    return readers[kind](Path(file), Path(images or file))
 
 
 MOST_BYTES = 2 ** 30              # that a file of numbers may hold, unpacked
@@ -372,25 +332,18 @@ def load_arrays(path: Path, wanted: Iterable[str], expected: str) -> dict[str, n
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = [key for key in wanted if key in file.files]
-            if sum(file.zip.getinfo(key + ".npy").file_size for key in keys) <= MOST_BYTES:
-                others = np.array([key for key in file.files if key not in wanted], "U")
-                return {key: file[key] for key in keys} | {"others": others}
-        what = "holds more than 1 GiB of numbers"
+            if sum(file.zip.getinfo(key + ".npy").file_size for key in keys) > MOST_BYTES:
+                raise MemoryError("more than 1 GiB of numbers")
+            others = np.array([key for key in file.files if key not in wanted], "U")
+            return {key: file[key] for key in keys} | {"others": others}
     except Exception as error:                  # zipfile's, zlib's, numpy's own
-        what = f"not a whole .npz of plain arrays ({type(error).__name__})"
-    raise ValueError(f"{path}: {what}; expected {expected}")
-
-
-def as_text(array: np.ndarray) -> list[str]:
-    """Text, UTF-8 in bytes, or numbers -> text."""
-    return [x.decode("utf-8", "surrogateescape") if isinstance(x, bytes) else str(x)
-            for x in array.tolist()]
+        raise ValueError(f"{path}: not a whole .npz of plain arrays ({type(error).__name__}, "
+                         f"{error!s:.60}); expected {expected}") from None
 
 
 SPIN_FILE = {"imgname": (), "center": (2,), "scale": (), "part": (24, 3), "S": (24, 4),
              "pose": (72,), "shape": (10,), "has_smpl": (), "gender": ()}
-GENDERS = {"m": b"m", "male": b"m", "0": b"m", "0.0": b"m",
-           "f": b"f", "female": b"f", "1": b"f", "1.0": b"f"}
+GENDERS = {"m": 1, "male": 1, "0": 1, "0.0": 1, "f": 2, "female": 2, "1": 2, "1.0": 2}
 
 
 def read_spin_file(path: Path, images: Path) -> People:
@@ -401,36 +354,38 @@ def read_spin_file(path: Path, images: Path) -> People:
     MPII's count from 1, as MATLAB does (- 0.5), all others count whole pixels (+ 0.5).  3DHP's head
     top stands in slot 18 and is keypoint 13, as in the official code.  Both go by the file's name.
     """
-    rows = load_arrays(path, SPIN_FILE, "SPIN's .npz")
-    others = [key for key in rows.pop("others").tolist() if key not in (
-        "openpose", "maskname", "partname")]
+    rows, name = load_arrays(path, SPIN_FILE, "SPIN's .npz"), path.name.lower()
+    others = {*rows.pop("others").tolist()} - {"openpose", "maskname", "partname"}
     if others:
-        say(printable(f"{path.name}: not used, since SPIN's files lack them: {', '.join(others)}"))
+        say(printable(f"{path.name}: not used, as SPIN's lack them: {', '.join(sorted(others))}"))
     for key, partner in (("imgname", None), ("pose", "shape"), ("shape", "pose"),
                          ("center", "scale"), ("scale", "center")):
-        if key not in rows and (partner in rows or not partner):
+        if key not in rows and partner in (None, *rows):
             raise ValueError(f"{path}: lacks {key} (N, ..); expected SPIN's .npz")
-    N, name = rows["imgname"].size, path.name.lower()
+    N = rows["imgname"].size
     for key, array in rows.items():
         kinds = {"imgname": "SU", "gender": "SUfiub"}.get(key, "fiub")
         if array.shape != (N, *SPIN_FILE[key]) or array.dtype.kind not in kinds:
             raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected "
                              f"{'text' if 'S' in kinds else 'numbers'} {(N, *SPIN_FILE[key])}")
-    part = rows.pop("part", np.zeros((N, 24, 3)))                     # (N, 24, 3)
-    for array in (part, rows.get("S")) if "3dhp" in name else ():
-        if array is not None and not array[:, 13, -1].any():
-            array[:, 13] = array[:, 18]
-    if (part[..., 2] % 1 > 0).any():
-        say(f"{path.name}: points of a confidence below {CONFIDENT} are not labelled")
+    for array in (rows[key] for key in ("part", "S") if key in rows and "3dhp" in name):
+        if not array[:, HEAD_TOP, -1].any():
+            array[:, HEAD_TOP] = array[:, HEAD]
     origin = -0.5 if "lsp" in name or "mpii" in name else 0.5
+    if "part" in rows:
+        rows["part"] = rows["part"] + (origin, origin, 0)             # (N, 24, 3)
+        if (rows["part"][..., 2] % 1 > 0).any():
+            say(f"{path.name}: points of a confidence below {CONFIDENT} are not labelled")
     if "center" in rows:
-        rows["box"] = np.concatenate([rows["center"] + origin, 200 * rows["scale"][:, None]], 1)
+        rows["box"] = np.column_stack([rows["center"] + origin, 200 * rows["scale"]])     # (N, 3)
+    if "shape" in rows:
+        rows["betas"] = rows["shape"]
     if "gender" in rows:
-        rows["gender"] = np.array([GENDERS.get(x.strip().lower(), b"")
-                                   for x in as_text(rows["gender"])], "S1")
-    rows["betas"], image = rows.get("shape"), [os.fsencode(x) for x in as_text(rows["imgname"])]
-    return make_people(f"spin:{path.name}", images, image, part[..., :2] + origin, part[..., 2],
-                       **rows)
+        names = (x.decode("latin1") if isinstance(x, bytes) else str(x)
+                 for x in rows["gender"].tolist())
+        rows["gender"] = np.array([GENDERS.get(x.strip().lower(), 0) for x in names])
+    image = [x if isinstance(x, bytes) else os.fsencode(x) for x in rows["imgname"].tolist()]
+    return make_people(f"spin:{path.name}", images, image, **rows)
 
 
 def read_json(path: Path, expected: str):
@@ -465,6 +420,20 @@ def person_points(content: dict) -> dict[str, Sequence[str]]:
 NOBODY = "crowds or no persons"
 
 
+def broken(row: dict, key: str) -> ValueError:
+    return ValueError("broken rows", f"annotation {row.get('id')!s:.20}'s {key}")
+
+
+def numbers_of(row: dict, key: str, shape: tuple[int, ...], default: Sequence = ()) -> np.ndarray:
+    """A list of an annotation, flat or of lists -> an array.  Raises ValueError."""
+    try:
+        value = row.get(key) or default
+        value = np.hstack(value) if value and isinstance(value[0], list) else value
+        return np.array(value, float).reshape(shape)
+    except (ValueError, TypeError, LookupError, OverflowError):
+        raise broken(row, key) from None
+
+
 def coco_person(row: dict, people: dict[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
     """One annotation -> points (19, 3) = x, y, visibility; box (4,) = x, y, w, h of edges.
 
@@ -477,34 +446,29 @@ def coco_person(row: dict, people: dict[str, Sequence[str]]) -> tuple[np.ndarray
         raise ValueError(NOBODY)
     if not row.get("keypoints"):
         raise ValueError("without keypoints (person_keypoints_*.json has them)")
-    numbers = []
-    for key, count in (("keypoints", 3 * len(names)), ("bbox", 4)):
-        try:
-            numbers.append(np.array(row.get(key) or [0] * count, float).reshape(count))
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError("broken rows", f"annotation {row.get('id')!s:.20}'s {key}") from None
-    k, box = np.append(numbers[0], [0, 0, 0]).reshape(-1, 3)[to_19(names)], numbers[1]    # (19, 3)
+    k, box = numbers_of(row, "keypoints", (len(names), 3)), numbers_of(row, "bbox", (4,), [0] * 4)
+    k = np.concatenate([k, np.zeros((1, 3))])[to_19(names)]           # (19, 3) -1: the zeros
     if not (np.isfinite(box).all() and (box[2:] > 0).all()):          # none: the points' own
-        low, high = (f(k[k[:, 2] > 0, :2], axis=0, initial=x) for f, x in (
-            (np.min, np.inf), (np.max, -np.inf)))
+        seen = k[k[:, 2] > 0, :2]                                     # (n, 2)
+        low, high = seen.min(0, initial=math.inf), seen.max(0, initial=-math.inf)     # (2,) each
         box = np.concatenate([low, high - low])                       # (4,)
     return k, box
 
 
-def official_reason(row: dict, k: np.ndarray, box: np.ndarray) -> str:
-    """Why COCO's official converter leaves a person out, or nothing.
+def filter_officially(row: dict, k: np.ndarray, box: np.ndarray) -> None:
+    """Raises ValueError(why) for a person whom COCO's official converter leaves out.
 
     Of the mask it tests the height alone, here the longer side counts.  Without a polygon: the box.
     """
-    mask = row.get("segmentation")
-    parts = [np.ravel(part) for part in mask] if mask and isinstance(mask, list) else [[]]
-    corners = np.concatenate(parts).astype(float).reshape(-1, 2)      # (n, 2)
+    is_coded = isinstance(row.get("segmentation"), dict)              # run lengths, no polygon
+    corners = numbers_of({} if is_coded else row, "segmentation", (-1, 2))        # (n, 2)
     if (k[:, 2] == 2).sum() < 6:
-        return ("with fewer than 6 points of visibility 2, which alone counts in COCO's converter "
-                "(in a file of 0 and 1 write 2 for 1)")
+        raise ValueError("with fewer than 6 points of visibility 2, which alone counts in COCO's "
+                         "converter (in a file of 0 and 1 write 2 for 1)")
     if not max(np.ptp(corners, axis=0) if len(corners) else box[2:]) > 60:
-        return "60 pixels or smaller"
-    return "" if (k[[*range(8), 10, 11], 2] > 0).any() else "with face and shoulders only"
+        raise ValueError("60 pixels or smaller")
+    if not (k[[*range(8), 10, 11], 2] > 0).any():
+        raise ValueError("with face and shoulders only")
 
 
 def read_coco(path: Path, images: Path) -> People:
@@ -517,51 +481,46 @@ def read_coco(path: Path, images: Path) -> People:
     expected = "COCO's person_keypoints_*.json, with images, annotations and categories"
     content = read_json(path, expected)
     try:
-        people = person_points(content)
-        pictures = {row["id"]: (row["file_name"].encode(), int(row.get("width") or 0),
-                                int(row.get("height") or 0)) for row in content["images"]}
-        annotations = list(content["annotations"])
+        people, annotations = person_points(content), list(content["annotations"])
+        pictures = {str(row["id"]): (row["file_name"].encode(), int(row.get("width") or 0),
+                                     int(row.get("height") or 0)) for row in content["images"]}
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         why = error if type(error) is ValueError else f"{type(error).__name__}, {error!s:.80}"
         raise ValueError(f"{path}: {why}; expected {expected}") from None
-    image, points, boxes, sizes, skipped, first = [], [], [], [], Counter(), {}
+    kept, skipped, first = [], Counter(), {}
     for row in annotations:
-        key = ""                                # whose value is broken, if one is
         try:
             k, box = coco_person(row, people)
-            key = "segmentation"
-            why, where = official_reason(row, k, box), ()
-            key = "image_id"
-            name, *size = pictures[row["image_id"]]
-        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-            why, *where = error.args if not key else (
-                "broken rows", f"annotation {row.get('id')!s:.20}'s {key}")
-        if why:
+            filter_officially(row, k, box)
+            if str(row.get("image_id")) not in pictures:
+                raise broken(row, "image_id")
+            kept.append((*pictures[str(row["image_id"])], k))
+        except ValueError as error:
+            why, *where = error.args
             skipped[why] += 1
             first.setdefault(why, "".join(f", the first {place}" for place in where))
-            continue
-        image.append(name), points.append(k), sizes.append(size)
-        boxes.append([box[0] + box[2] / 2, box[1] + box[3] / 2, 1.2 * max(box[2:])])
-    k = np.array(points).reshape(-1, 19, 3)                           # (N, 19, 3)
+    image, W, H, k = zip(*kept) if kept else [()] * 4
+    k = np.array(k).reshape(-1, 19, 3)                                # (N, 19, 3)
     if odd := [v for v in np.unique(k[..., 2]) if v not in (0, 1, 2) and math.isfinite(v)]:
         raise ValueError(f"{path}: a visibility of {odd[0]:g}; expected 0, 1 or 2; are these a "
                          f"detector's confidences? They are no labels")
-    return make_people(f"coco:{path.name}",
-                       images, image, k[..., :2] + 0.5, k[..., 2],
-                       box=np.array(boxes).reshape(-1, 3), size=np.array(sizes).reshape(-1, 2),
-                       skipped={why + first[why]: n for why, n in skipped.items()})
+    part = np.insert(k + (0.5, 0.5, 0), [LSP] * 5, 0, axis=1)         # (N, 24, 3) J24
+    return make_people(f"coco:{path.name}", images, image, {
+        why + first[why]: n for why, n in skipped.items()}, part=part, size=np.column_stack([W, H]))
 
 
-def is_small(content: bytes) -> bool:
-    """Do a MATLAB 5 file's variables unpack to at most 1 GiB?  Nothing larger is kept meanwhile."""
+def is_small(path: Path) -> bool:
+    """Do a MATLAB 5 file's variables unpack to at most 1 GiB?  Nothing of it is kept meanwhile."""
+    content = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
     total, at, order = 0, 128, "<" if content[126:128] == b"IM" else ">"
-    while at + 8 <= len(content) and total <= MOST_BYTES:
+    while at + 8 <= len(content):
         kind, size = struct.unpack_from(order + "II", content, at)
-        packed, at, stream = content[at + 8:at + 8 + size], at + 8 + size, zlib.decompressobj()
-        while kind == 15 and packed and total <= MOST_BYTES:          # miCOMPRESSED
+        stream, packed = zlib.decompressobj(), content[at + 8:at + 8 + size] if kind == 15 else b""
+        while packed and total <= MOST_BYTES:                         # 15: miCOMPRESSED
             total += len(stream.decompress(packed, 2 ** 20))
             packed = stream.unconsumed_tail
-    return total <= MOST_BYTES
+        at += 8 + size
+    return 0 < len(content) and total <= MOST_BYTES
 
 
 def read_joints(path: Path) -> np.ndarray:
@@ -573,7 +532,7 @@ def read_joints(path: Path) -> np.ndarray:
             if name == "joints":
                 what = f"joints is {kind} {shape}"
                 if shape[:2] in ((3, 14), (14, 3)) and len(shape) == 3 and re.fullmatch(
-                        r"double|single|u?int\d+", kind) and is_small(path.read_bytes()):
+                        r"double|single|u?int\d+", kind) and is_small(path):
                     return scipy.io.loadmat(path, variable_names=["joints"])["joints"]
     except NotImplementedError:
         what = "of MATLAB 7.3 (HDF5), which LSP's own file is not; save it by -v7"
@@ -582,7 +541,7 @@ def read_joints(path: Path) -> np.ndarray:
     raise ValueError(f"{path}: {what}; expected {expected}")
 
 
-def read_lsp(folder: Path, images: Path | None) -> People:
+def read_lsp(folder: Path, images: Path) -> People:
     """Leeds Sports Pose: DIR/joints.mat, DIR/images/im0001.jpg; or its extended set, im00001.
 
     Told apart by the array's shape.  LSP, joints (3, 14, 2000): flag 0 is visible, 1 occluded (and
@@ -596,19 +555,20 @@ def read_lsp(folder: Path, images: Path | None) -> People:
     else:
         joints = joints.transpose(2, 1, 0)[:joints.shape[2] // 2]     # (N, 14, 3) the training half
     visible = joints[..., 2] == (1 if extended else 0)                # (N, 14)
+    part = np.dstack([joints[..., :2].astype(float) - 0.5, visible])  # (N, 14, 3)
     name = "im{:05d}" if extended else "im{:04d}"
-    places = [(place, name + end) for place in ([images] if images else [folder / "images", folder])
+    places = [(place, name + end) for place in (images / "images", images)
               for end in (".jpg", ".png")]
     place, name = next((p for p in places if (p[0] / p[1].format(1)).is_file()), places[0])
-    points = np.pad(joints[..., :2] - 0.5, ((0, 0), (0, 5), (0, 0)))  # (N, 19, 2)
-    return make_people(f"lsp:{folder.name}", place, [
-        name.format(i + 1).encode() for i in range(len(joints))], points, np.pad(
-        visible, ((0, 0), (0, 5))), skipped={} if extended else {"in the test half": len(joints)})
+    N = len(joints)
+    return make_people(f"lsp:{folder.name}", place, [name.format(n + 1).encode() for n in range(N)],
+                       {} if extended else {"in the test half": N},
+                       part=np.pad(part, ((0, 0), (0, 10), (0, 0))))
 
 
 # AMASS' SMPL-H has 52 joints: 22 of the body, then 15 of each hand.  SMPL's hands are its first
 # knuckles, 22 and 37 (left and right index finger).
-SMPLH_HANDS = (22, 37)
+SMPLH_TO_SMPL = [*range(22), 22, 37]
 
 
 def read_amass(folder: Path) -> tuple[Tensor, Tensor]:
@@ -622,44 +582,37 @@ def read_amass(folder: Path) -> tuple[Tensor, Tensor]:
     files = sorted(path for path in folder.rglob("*.npz") if path.name != "shape.npz")
     if not files:
         raise FileNotFoundError(f"--mocap {folder}: holds no .npz; expected AMASS' SMPL+H folders")
-    clips, broken = [], []
-    for n, path in enumerate(files):
-        try:
-            clips.append(read_clip(path, n))
-        except (ValueError, OSError) as error:
-            broken.append(str(error))
-            if len(broken) > 0.01 * len(files):
-                raise ValueError(f"--mocap {folder}: {len(broken)} of {len(files)} files are "
-                                 f"unusable, the first: {broken[0]}") from None
-    for why in broken:
-        say(printable(f"left out: {why}"))
-    say(f"--mocap {folder}: {len(clips):,} clips, {sum(len(pose) for pose, _ in clips):,} frames "
-        f"at 10 a second; betas of gendered bodies")
-    return tuple(torch.from_numpy(np.concatenate(parts)) for parts in zip(*clips))
+    clips = [read_clip(path, n) for n, path in enumerate(files)]
+    poses, betas = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*clips))
+    say(f"--mocap {folder}: {len(clips):,} clips, {len(poses):,} frames at 10 a second; betas of "
+        f"gendered bodies")
+    return poses, betas
+
+
+def numbers(path: Path, keys: Sequence[str], expected: str) -> list[np.ndarray]:
+    """Arrays of an .npz as float32, empty where they are missing or hold no numbers."""
+    arrays = load_arrays(path, keys, expected)
+    return [float32(arrays[key] if key in arrays and arrays[key].dtype.kind in "fiu" else [])
+            for key in keys]
 
 
 def read_clip(path: Path, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """One AMASS file -> pose (M, 24, 3), betas (M, 10)."""
-    expected = "SMPL+H's poses (M, 156), betas (16,), mocap_framerate"
-    clip = load_arrays(path, ("poses", "betas", "mocap_framerate"), expected)
-    poses, betas, rate = (clip.get(key, np.zeros(0)) for key in (
-        "poses", "betas", "mocap_framerate"))
-    if poses.ndim != 2 or poses.shape[1] != 156 or poses.dtype.kind != "f" or betas.ndim != 1 \
-            or len(betas) < 10 or rate.size != 1 or not 1 <= rate.item() <= 1000:
+    """One AMASS file -> pose (M, 24, 3), betas (M, 10).  Raises ValueError."""
+    expected = "SMPL+H's poses (M, 156), betas (16,), mocap_framerate, finite numbers"
+    poses, betas, rate = numbers(path, ("poses", "betas", "mocap_framerate"), expected)
+    if not (poses.ndim == 2 and poses.shape[1] == 156 and len(poses) and betas.ndim == 1
+            and len(betas) >= 10 and np.isfinite(poses).all() and np.isfinite(betas).all()
+            and rate.size == 1 and 1 <= rate.item() <= 1000):
         raise ValueError(f"{path}: expected {expected}; got {poses.shape}, {betas.shape}, "
-                         f"{rate.shape} (SMPL-X's has 165)")
-    step = max(1.0, rate.item() / 10)
-    poses = float32(poses[np.arange(0, len(poses), step).astype(int)]).reshape(-1, 52, 3)
-    betas = float32(betas[:10])                                       # (10,)
-    if not (len(poses) and np.isfinite(poses).all() and np.isfinite(betas).all()):
-        raise ValueError(f"{path}: no frames, or numbers that are not finite")
-    pose = np.concatenate([poses[:, :22], poses[:, SMPLH_HANDS]], 1)  # (M, 24, 3)
+                         f"{rate.shape} (SMPL-X's has 165); delete it, or name another folder")
+    poses = poses[np.arange(0, len(poses), max(1, rate.item() / 10)).astype(int)]     # (M, 156)
+    pose = poses.reshape(-1, 52, 3)[:, SMPLH_TO_SMPL]                 # (M, 24, 3)
     for hand, sign in ((22, 1), (23, -1)):
         # Of one frame alone, a hand is still if it is not bent at all; radians.
         moved = np.ptp(pose[:, hand], axis=0) if len(pose) > 1 else np.abs(pose[0, hand])
         if moved.max() < 1e-3:
             pose[:, hand] = wandering_hand(len(pose), [seed, hand]) * (1, sign, sign)
-    return pose, np.repeat(betas[None], len(pose), 0)
+    return pose, np.repeat(betas[None, :10], len(pose), 0)
 
 
 def wandering_hand(frames: int, seed: list[int]) -> np.ndarray:
@@ -682,33 +635,33 @@ def read_mean_params(path: Path, rotation: str) -> Tensor:
     """
     expected = ("HMR's neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz: finite numbers, "
                 "pose (72,) or (144,), shape (10,)")
-    if path.suffix == ".h5":
+    if plain_file(path, expected).suffix == ".h5":
+        arrays = [float32([])] * 3
         try:
             import h5py
-            with h5py.File(plain_file(path, expected), "r") as file:
-                arrays = {key: np.array(file[key]) for key in ("pose", "shape")
-                          if file[key].size <= 72}
+            with h5py.File(path, "r") as file:
+                arrays[:2] = [float32(file[key] if file[key].size <= 72 else [])
+                              for key in ("pose", "shape")]
         except ImportError:
             raise ValueError(f"--mean-params {path}: h5py, which reads it, is missing here; "
                              f"install it, or name SPIN's smpl_mean_params.npz") from None
-        except (OSError, KeyError, AttributeError):
-            arrays = {}
+        except Exception:                       # h5py's many; the next lines refuse the file
+            pass
     else:
-        arrays = load_arrays(path, ("pose", "shape", "cam"), expected)
-    numbers = {key: x for key, x in arrays.items() if x.dtype.kind in "fiu"}
-    pose, shape, cam = (torch.from_numpy(float32(numbers.get(key, default)).ravel())
-                        for key, default in (("pose", []), ("shape", []), ("cam", [0.9, 0, 0])))
+        arrays = numbers(path, ("pose", "shape", "cam"), expected)
+    pose, shape, cam = (torch.from_numpy(x.ravel()) for x in arrays)
+    cam = cam if len(cam) else torch.tensor([0.9, 0, 0])              # (3,) the official code's
     if len(pose) not in (72, 144) or len(shape) != 10 or len(cam) != 3 or not torch.cat(
             [pose, shape, cam]).isfinite().all():
         raise ValueError(f"--mean-params {path}: expected {expected}")
-    if len(pose) == 144:
-        rotmats = rot6d_to_rotmat(pose.view(24, 6))                   # (24, 3, 3)
-        pose = rotmats[..., :2] if rotation == "6d" else torch.from_numpy(
-            Rotation.from_matrix(rotmats.double()).as_rotvec()).float()           # (24, 2 x 3 or 3)
-        return torch.cat([cam, pose.flatten(), shape])[None]          # (1, 85 or 157)
-    theta = mean_theta(pose, rotation)                                # (1, 85 or 157)
-    theta[:, BETAS] = shape
-    return theta
+    if len(pose) == 72:
+        theta = mean_theta(pose, rotation)                            # (1, 85 or 157)
+        theta[:, BETAS] = shape
+        return theta
+    rotmats = rot6d_to_rotmat(pose.view(24, 6))                       # (24, 3, 3)
+    pose = rotmats[..., :2] if rotation == "6d" else torch.from_numpy(
+        Rotation.from_matrix(rotmats.double()).as_rotvec()).float()   # (24, 2 x 3 or 3)
+    return torch.cat([cam, pose.flatten(), shape])[None]              # (1, 85 or 157)
 
 
 # --------------------------------------------------------------------------------------------
@@ -751,7 +704,7 @@ def rgb(image: Image.Image, size: tuple[int, int] | None, turn: bool) -> np.ndar
         image = turned if not size or turned.size == size else image
     if size and image.size != size:
         raise ValueError(f"{image.width} x {image.height} pixels, but its labels were made on "
-                      f"{size[0]} x {size[1]}; put the labelled picture in its place")
+                         f"{size[0]} x {size[1]}; put the labelled picture in its place")
     if image.mode.startswith("I"):                      # 16 bits
         grey = np.clip(np.asarray(image), 0, 65535) // 257            # (H, W)
         return np.repeat(grey.astype(np.uint8)[..., None], 3, 2)      # (H, W, 3)
@@ -780,10 +733,8 @@ class Draw(NamedTuple):
 
 def training_draws(sizes: list[int], share: np.ndarray, B: int, crop: str, seed: int, rank: int,
                    step: int) -> Iterator[list[Draw]]:
-    """The draws of one batch after the other, from `step` on: functions of (seed, step, rank).
-
-    sizes: people of each data set; share: each data set's part of a batch.
-    """
+    """The DataLoader's sampler: the draws of each batch from `step` on, functions of (seed, step,
+    rank).  sizes: people of each data set; share: its part of a batch."""
     _, move, least, most = CROPS[crop]                                # official: 20, 0.8, 1.23
     while True:
         rng = np.random.default_rng([seed, step, rank])
@@ -797,7 +748,7 @@ def training_draws(sizes: list[int], share: np.ndarray, B: int, crop: str, seed:
 
 
 class Pictures(Dataset):
-    """pictures[draw] -> one person's crop, or the next person's whose picture can be used.
+    """pictures[draw] -> one person's crop and labels, or the next one's whose picture can be used.
 
     What the loading processes hold: people as arrays, no body, nothing on a GPU.
     """
@@ -805,58 +756,47 @@ class Pictures(Dataset):
     def __init__(self, sets: list[People], size: int, crop: str, replace: bool = True):
         self.sets, self.size, self.crop, self.replace = sets, size, crop, replace
         self.windows = [windows(found, crop) for found in sets]       # (N, 2), (N,) each
-        self.broken = [set() for _ in sets]                           # rows that `batches` named
 
-    def __getitem__(self, draw: Draw) -> tuple[list, list]:
-        """-> [(draw, crop, points)], and [(data set, row, why), ..] of what cannot be used.
+    def __getitem__(self, draw: Draw) -> tuple[Batch | None, Draw, list]:
+        """-> `person`, whose draw it is, [(data set, row, why), ..] of unusable pictures.
 
         After 1 % of a data set in a row, or without `replace` at once, nobody takes the place.
         """
         N, broken = len(self.sets[draw.k].image), []
-        for tries in range(1 + N // 100 if self.replace else 1):
-            one = draw._replace(row=(draw.row + tries) % N)
+        for row in range(draw.row, draw.row + (1 + N // 100 if self.replace else 1)):
+            one = draw._replace(row=row % N)
             try:
-                return [(one, *self.cut(one))], broken
+                return self.person(one), one, broken
             except (ValueError, OSError) as error:
                 broken.append((one.k, one.row, str(error)))
-        return [], broken
+        return None, draw, broken
 
-    def cut(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """One person -> crop (3, size, size) bytes, keypoints2d (19, 2); as `crop_person`."""
-        found, (centers, sides) = self.sets[draw.k], self.windows[draw.k]
-        image = picture_of(found, draw.row)                           # (3, H, W)
-        center, side = jittered(centers[draw.row], float(sides[draw.row]), draw.shift, draw.zoom)
-        points = 2 * (torch.from_numpy(found.keypoints2d[draw.row]) - center) / side  # (19, 2)
-        padding = "zeros" if self.crop == "spin" else "border"
-        return cut_window(image, center, side, self.size, padding), points
+    def person(self, draw: Draw) -> Batch:
+        """One person, jittered, not flipped: a Batch without its first axis, its image of bytes,
+        the pose (24, 3) in the rotations' place.  What is not labelled is 0 and masked."""
+        found, (centers, sides), row = self.sets[draw.k], self.windows[draw.k], draw.row
+        part, S = (x[row, J24_TO_19] for x in (found.part, found.S))  # (19, 3), (19, 4)
+        image, points = cut_person(
+            picture_of(found, row), part[:, :2], part[:, 2], centers[row], float(sides[row]),
+            self.size, draw.shift, draw.zoom, "zeros" if self.crop == "spin" else "border")
+        return Batch(image=image, keypoints2d=points, visible=part[:, 2], keypoints3d=S[:, :3],
+                     rotmats=found.pose[row].view(24, 3), betas=found.betas[row], has_3d=S[:, 3],
+                     has_smpl=found.has_smpl[row].float(), cam=torch.zeros(3))
 
-    def collate(self, items: list) -> tuple[Batch | None, list[int], list]:
-        """Items -> Batch with the image as bytes, its rows, and what cannot be used.
 
-        What a data set lacks is 0 and masked.
-        """
-        found, broken = ([one for item in items for one in item[part]] for part in (0, 1))
-        if not found:
-            return None, [], broken
-        draws, crops, points = zip(*found)
-
-        def stack(key: str, *shape: int) -> Tensor:
-            parts = [getattr(self.sets[draw.k], key) for draw in draws]
-            return torch.from_numpy(np.stack([
-                np.zeros(shape, np.float32) if part is None else part[draw.row].astype(np.float32)
-                for part, draw in zip(parts, draws)]))
-        visible, has_smpl = stack("visible", 19), stack("has_smpl")   # (B, 19), (B,)
-        S = stack("S", 24, 4)[:, J24_TO_19]                           # (B, 19, 4)
-        rotmats = batch_rodrigues(stack("pose", 72).view(-1, 24, 3))  # (B, 24, 3, 3)
-        batch = Batch(image=torch.stack(crops), visible=visible,
-                      keypoints2d=torch.stack(points) * visible[..., None],
-                      keypoints3d=S[..., :3], rotmats=rotmats * has_smpl[:, None, None, None],
-                      betas=stack("betas", 10), has_3d=S[..., 3], has_smpl=has_smpl,
-                      cam=torch.zeros(len(draws), 3))
-        flip = torch.tensor([draw.flip for draw in draws])            # (B,)
-        batch = Batch(*(torch.where(flip.view(-1, *[1] * (x.ndim - 1)), mirrored, x)
-                        for mirrored, x in zip(flip_batch(batch), batch)))
-        return batch, [draw.row for draw in draws], broken
+def collate(items: list) -> tuple[Batch | None, list[int], list]:
+    """Items of Pictures -> one Batch, its rows, and what cannot be used."""
+    good, broken = [item for item in items if item[0]], [why for item in items for why in item[2]]
+    if not good:
+        return None, [], broken
+    people, draws, _ = zip(*good)
+    batch = Batch(*map(torch.stack, zip(*people)))
+    rotmats = batch_rodrigues(batch.rotmats) * batch.has_smpl[:, None, None, None]
+    batch = batch._replace(rotmats=rotmats)                           # (B, 24, 3, 3)
+    flip = torch.tensor([draw.flip for draw in draws])                # (B,)
+    batch = Batch(*(torch.where(flip.view(-1, *[1] * (x.ndim - 1)), mirrored, x)
+                    for mirrored, x in zip(flip_batch(batch), batch)))
+    return batch, [draw.row for draw in draws], broken
 
 
 def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
@@ -867,21 +807,25 @@ def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
     data set.  Raises ValueError.
     """
     # a generator of its own: the loader's draw must not touch that of dropout
-    loader = DataLoader(pictures, batch_sampler=draws, collate_fn=pictures.collate,
-                        generator=torch.Generator(), num_workers=workers,
-                        worker_init_fn=leave_ctrl_c_to_main, pin_memory=device.type == "cuda")
+    loader = DataLoader(pictures, batch_sampler=draws, collate_fn=collate, num_workers=workers,
+                        generator=torch.Generator(), worker_init_fn=leave_ctrl_c_to_main,
+                        pin_memory=device.type == "cuda")
+    named = [{} for _ in pictures.sets]         # of each data set the rows that are left out: why
     try:
         for batch, rows, broken in loader:
-            for k, row, why in broken:
-                seen, found = pictures.broken[k], pictures.sets[k]
-                if row not in seen:
-                    seen.add(row)
-                    say(printable(f"{found.name}: left out, {why}"))
-                if len(seen) > 0.01 * len(found.image):
-                    raise ValueError(f"{found.name}: the pictures of {len(seen)} of its "
+            for k in {k for k, _, _ in broken}:
+                found, left_out = pictures.sets[k], named[k]
+                new = {row: why for j, row, why in broken if j == k and row not in left_out}
+                left_out |= new
+                if len(left_out) > 0.01 * len(found.image):
+                    raise ValueError(f"{found.name}: the pictures of {len(left_out)} of its "
                                      f"{len(found.image):,} people cannot be used, more than 1 %, "
-                                     f"the last {why}")
+                                     f"the first {[*left_out.values()][0]} (the folder after the @ "
+                                     f"is the one that the annotations' paths start from)")
+                for why in new.values():
+                    say(printable(f"{found.name}: left out, {why}"))
             if batch is not None:
+                # from pinned memory the copies run beside the GPU's work
                 batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
                 batch = batch._replace(image=batch.image.float() / 255)           # (B, 3, H, W)
             yield batch, rows
@@ -896,8 +840,8 @@ def leave_ctrl_c_to_main(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class RealPeople:
-    """Photographs with labels in SyntheticPeople's place, for train.py's loop.
+class RealPeople(SyntheticPeople):
+    """Photographs with labels; the discriminators' motion is SyntheticPeople's, or AMASS'.
 
     options: data, mix, mocap and workers of the command line.
 
@@ -911,46 +855,43 @@ class RealPeople:
         rank, ranks = train.rank_and_ranks()
         sets = [read_people(text) for text in options.data]
         if not config.paired:
-            sets = [usable(found._replace(S=None, has_smpl=0 * found.has_smpl)) for found in sets]
-        self.batch_size, share = config.batch // ranks, shares(sets, options.mix)
+            sets = [usable(x._replace(S=0 * x.S, has_smpl=x.has_smpl & False)) for x in sets]
+        share = shares(sets, options.mix)
         print_people(sets, share)
         if len(smpl.v_template) != 6890 and (options.mocap or any(x.has_smpl.any() for x in sets)):
             say(f"{smpl.name} is not SMPL's mesh: the betas of --data and --mocap mean something "
                 f"else on it; name SMPL's file by --smpl")
         if options.mocap:
-            frames, self.betas = read_amass(Path(options.mocap))
+            frames, recorded = read_amass(Path(options.mocap))        # (M, 24, 3), (M, 10)
+            self.recorded = recorded.to(smpl.v_template.device)
         else:
-            frames, self.betas = load_mocap(config.upright, False, config.validate), None
+            frames, self.recorded = load_mocap(config.upright, False, config.validate), None
             say("no --mocap: the adversary knows the open clips' motion, and betas ~ N(0, 1)")
-        self.pool = SyntheticPeople(smpl, frames, self.batch_size, config.size, seed=config.seed,
-                                    rank=rank, mix=not options.mocap)
-        pictures = Pictures(sets, config.size, config.crop)
-        draws = functools.partial(training_draws, [len(found.image) for found in sets], share,
-                                  self.batch_size, config.crop, config.seed, rank)
-        self.stream = lambda step: batches(pictures, draws(step), options.workers, self.pool.device)
-        self.ahead, self.last = None, (-1, None)
+        super().__init__(smpl, frames, config.batch // ranks, config.size, seed=config.seed,
+                         rank=rank, mix=not options.mocap)
         self.name = name_of(sets, share, f"{len(frames):,} frames of "
                             f"{'AMASS' if options.mocap else 'the open clips'}")
+        # Nothing in these refers to this object: a cycle would end the loading processes too late.
+        self.photographs, self.workers = Pictures(sets, config.size, config.crop), options.workers
+        self.draws = functools.partial(training_draws, [len(found.image) for found in sets], share,
+                                       self.batch_size, config.crop, config.seed, rank)
+        self.last = None, None                                        # number, Batch
+        self.batch(0)                           # a wrong folder is found before a run begins
 
     def batch(self, step: int) -> Batch:
         """The step-th batch; asked for again at once, it is not read again (--overfit)."""
         if self.last[0] != step:
-            if self.ahead is None or self.last[0] != step - 1:
-                self.ahead = self.stream(step)
-            self.last = step, next(self.ahead)[0]
+            if self.last[0] != step - 1:
+                self.stream = batches(self.photographs, self.draws(step), self.workers, self.device)
+            self.last = step, next(self.stream)[0]
         return self.last[1]
 
-    def motion(self, n: int, step: int) -> tuple[Tensor, Tensor]:
-        """Real samples for D: rotmats (n, 23, 3, 3), mirrored half the time; betas (n, 10).
-
-        Poses and betas are drawn apart: none of the 25 discriminators sees both.
-        """
-        rotmats, betas = self.pool.motion(n, step)
-        if self.betas is not None:
-            rng = torch.Generator().manual_seed(seed_of(self.pool.seed, step, self.pool.rank, 2))
-            rows = torch.randint(len(self.betas), (n,), generator=rng)            # (n,)
-            betas = self.betas[rows].to(betas.device)                 # (n, 10)
-        return rotmats, betas
+    def betas(self, n: int, rng: torch.Generator) -> Tensor:
+        """Shapes for D, (n, 10), drawn apart from its poses: no discriminator sees both."""
+        if self.recorded is None:
+            return super().betas(n, rng)
+        rows = torch.randint(len(self.recorded), (n,), generator=rng, device=self.device)     # (n,)
+        return self.recorded.index_select(0, rows)                    # (n, 10)
 
 
 def name_of(sets: list[People], share: np.ndarray, motion: str) -> str:
@@ -971,16 +912,10 @@ def shares(sets: list[People], mix: tuple[float, ...]) -> np.ndarray:
                              f"for each of the {len(sets)} --data, not all 0")
         return np.array(mix, float) / sum(mix)
     share = np.array([len(found.image) for found in sets], float)
-    of_3d = np.array([has_3d_labels(found) for found in sets])
+    of_3d = np.array([bool(found.S.any() or found.has_smpl.any()) for found in sets])
     for half in (of_3d, ~of_3d):
-        if half.any():
-            share[half] /= share[half].sum()
+        share[half] /= max(share[half].sum(), 1)
     return share / share.sum()
-
-
-def has_3d_labels(found: People) -> bool:
-    labels = which_labels(found)
-    return bool(labels["SMPL"].any() or labels["3D"].any())
 
 
 def print_people(sets: list[People], share: np.ndarray) -> None:
@@ -1001,9 +936,8 @@ def load_joint_regressor(path: str, V: int) -> Tensor:
                 f"(--smpl) has vertices; without it 13 joints are measured")
     try:
         regressor = np.load(plain_file(path, expected), mmap_mode="r", allow_pickle=False)
-        if regressor.shape == (17, V) and regressor.dtype.kind == "f":
-            if np.isfinite(regressor := float32(regressor)).all():
-                return torch.from_numpy(regressor)
+        if regressor.shape == (17, V) and np.isfinite(regressor := float32(regressor)).all():
+            return torch.from_numpy(regressor)
     except (ValueError, TypeError, AttributeError, EOFError):         # numpy's
         pass
     raise ValueError(f"--joint-regressor {path}: expected {expected}")
@@ -1016,27 +950,27 @@ class Protocol:
     """
 
     def __init__(self, found: People, smpl: SMPL, options: argparse.Namespace):
-        if not has_3d_labels(found):
+        if not (found.S.any() or found.has_smpl.any()):
             raise ValueError(f"--data {found.name}: has neither S nor pose; nothing to measure by")
         device, path = smpl.v_template.device, options.joint_regressor
-        self.found, self.bodies, self.body = found, {b"": smpl}, f"{smpl.name} for all"
+        self.found, self.from_S, self.bodies = found, bool(found.S.any()), [smpl]
         self.regressor = load_joint_regressor(path, len(smpl.v_template)).to(
             device) if path else None                                 # (17, V)
-        self.from_S = bool(which_labels(found)["3D"].any())
-        self.P = 13 if self.from_S and not path else 14
-        self.joints = (f"14 joints by {Path(path).name}, root its pelvis" if path else
-                       (f"13 of LSP's joints, no head, by {smpl.name}" if self.from_S else
-                        "LSP's 14 joints, both bodies' own") + ", root the hips' middle")
-        for gender, file in zip((b"m", b"f"), options.smpl_genders):
-            self.bodies[gender] = SMPL(file).to(device)
-            if self.bodies[gender].v_template.shape != smpl.v_template.shape:
-                raise ValueError(f"--smpl-genders {file}: not the mesh of --smpl; name SMPL's")
+        self.P = 13 if self.from_S else 14                            # without the regressor
+        self.joints = f"14 joints by {Path(path).name}, root its pelvis" if path else (
+            f"13 of LSP's joints, no head, by {smpl.name}" if self.from_S else
+            "LSP's 14 joints, both bodies' own") + ", root the hips' middle"
+        self.body = f"{smpl.name} for all"
         if options.smpl_genders:
-            m, f = (int((found.gender == gender).sum()) for gender in (b"m", b"f"))
-            if not m + f:
+            self.bodies += [SMPL(file).to(device) for file in options.smpl_genders]
+            if len({len(body.v_template) for body in self.bodies}) > 1:
+                raise ValueError(f"--smpl-genders {' '.join(options.smpl_genders)}: not the mesh "
+                                 f"of --smpl; name SMPL's")
+            neither, male, female = torch.bincount(found.gender, minlength=3).tolist()
+            self.body = (f"male bodies of {male:,}, female of {female:,}, {smpl.name} of "
+                         f"{neither:,} who are neither")
+            if not male + female:
                 raise ValueError(f"--smpl-genders: {found.name} says nobody's gender; leave it out")
-            self.body = (f"male bodies of {m:,}, female of {f:,}, {smpl.name} of "
-                         f"{len(found.gender) - m - f:,} who are neither")
 
     def rooted(self, keypoints: Tensor, vertices: Tensor) -> tuple[Tensor, Tensor]:
         """A body's joints (B, P, 3) and vertices (B, V, 3), metres, from the root: the regressor's
@@ -1048,61 +982,58 @@ class Protocol:
             points, root = joints[:, H36M_TO_14], joints[:, :1]       # (B, 14, 3), (B, 1, 3)
         return points - root, vertices - root
 
-    def truth(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> joints (B, P, 3), whether known (B,), vertices (B, V, 3), whether known (B,)."""
-        body, device = self.bodies[b""](batch.betas, batch.rotmats), batch.image.device
-        keypoints, skin = body.keypoints, body.vertices
-        for gender, smpl in self.bodies.items():
-            theirs = torch.from_numpy(self.found.gender[rows] == gender).to(device)
-            if gender and theirs.any():
-                body = smpl(batch.betas[theirs], batch.rotmats[theirs])
-                keypoints[theirs], skin[theirs] = body.keypoints, body.vertices
-        (points, skin), known = self.rooted(keypoints, skin), batch.has_smpl > 0
-        if not self.from_S:
-            return points, known, skin, known
-        S = torch.from_numpy(self.found.S[rows]).to(device)           # (B, 24, 4)
-        used, roots = ([*range(13)], [RIGHT_HIP, LEFT_HIP]) if self.regressor is None else (
-            J24_TO_14, [J24_PELVIS])
-        points = S[:, used, :3] - S[:, roots, :3].mean(1, keepdim=True)           # (B, P, 3)
-        return points, (S[:, used + roots, 3] > 0).all(1), skin, known
+    def truth(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """-> joints (B, P, 3), whether they are known (B,), vertices (B, V, 3), NaN: not known."""
+        bodies = [smpl(batch.betas, batch.rotmats) for smpl in self.bodies]
+        sex = self.found.gender[rows] * (len(bodies) > 1)             # (B,) 0: the first body
+        whose = sex.to(batch.image.device), torch.arange(len(rows), device=batch.image.device)
+        points, skin = self.rooted(torch.stack([body.keypoints for body in bodies])[whose],
+                                   torch.stack([body.vertices for body in bodies])[whose])
+        known = batch.has_smpl > 0                                    # (B,)
+        skin = torch.where(known[:, None, None], skin, math.nan)      # (B, V, 3)
+        if self.from_S:
+            S = self.found.S[rows].to(skin.device)                    # (B, 24, 4)
+            used, roots = ([*range(13)], [RIGHT_HIP, LEFT_HIP]) if self.regressor is None else (
+                J24_TO_14, [J24_PELVIS])
+            points = S[:, used, :3] - S[:, roots, :3].mean(1, keepdim=True)       # (B, P, 3)
+            known = (S[:, used + roots, 3] > 0).all(1)                # (B,)
+        return points, known, skin
 
 
 @torch.no_grad()
 def measure(network: Network, found: People, options: argparse.Namespace) -> tuple[dict, dict]:
     """One data set -> its part of metrics.json, and arrays of every person's last prediction."""
     model, N = network.model, len(found.image)
-    protocol = Protocol(found, model.smpl, options)
+    protocol, device = Protocol(found, model.smpl, options), model.smpl.v_template.device
     pictures = Pictures([found], network.config.size, network.crop, replace=False)
-    draws = [[Draw(0, row) for row in range(n, min(n + 64, N))] for n in range(0, N, 64)]
-    device, parts = model.smpl.v_template.device, []                  # one of each batch
-    for n, (batch, rows) in enumerate(batches(pictures, draws, options.workers, device), 1):
-        if n % 200 == 0:
-            say(f"{64 * n:,} of {N:,} people")
+    draws, parts = ([Draw(0, row) for row in range(n, min(n + 64, N))] for n in range(0, N, 64)), []
+    for batch, rows in batches(pictures, draws, options.workers, device):
         if batch is None:
             continue
-        true, known, skin, with_skin = protocol.truth(batch, rows)
-        joints, pve = [], []                                          # of each Theta
-        for theta in model(batch.image)[0]:
-            body = model.decode(theta, vertices=True)
-            points, vertices = protocol.rooted(body.keypoints3d, body.vertices)
-            joints.append(points), pve.append(1000 * (vertices - skin).norm(dim=-1).mean(1))
-        parts.append(dict(
-            row=torch.tensor(rows), true=true, known=known, with_skin=with_skin,
-            joints=torch.stack(joints, 1), pve=torch.stack(pve, 1),   # (B, T, P, 3), (B, T)
-            rotmats=body.rotmats, betas=body.betas, camera=body.cam))
-    every = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
-    known, image = every["known"], found.image[every["row"]]
+        true, known, skin = protocol.truth(batch, rows)
+        bodies = [model.decode(theta, vertices=True) for theta in model(batch.image)[0]]  # T
+        rooted = [protocol.rooted(body.keypoints3d, body.vertices) for body in bodies]
+        part = dict(true=true, known=known, row=torch.tensor(rows), rotmats=bodies[-1].rotmats,
+                    betas=bodies[-1].betas, camera=bodies[-1].cam,
+                    joints=torch.stack([points for points, _ in rooted], 1),      # (B, T, P, 3)
+                    pve=torch.stack([1000 * (x - skin).norm(dim=-1).mean(1) for _, x in rooted], 1))
+        parts.append({key: x.cpu() for key, x in part.items()})       # pve (B, T)
+        if len(parts) % 200 == 0:
+            say(f"{64 * len(parts):,} of {N:,} people")
+    every = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    known, image = every["known"], found.image[every["row"].numpy()]
     if not known.any():
         raise ValueError(f"--data {found.name}: nobody has all of {protocol.joints}")
-    errors = [errors_of(points[known], every["true"][known])
-              for points in every["joints"].unbind(1)]                # of each Theta
-    pve = every["pve"][every["with_skin"]].mean(0)                        # (T,)
-    result = {"data": found.name, "joints": protocol.joints, "frames": int(known.sum()),
+    true, joints, pve = (every[key][known] for key in ("true", "joints", "pve"))  # (n, ..)
+    action, last = actions(image[known.numpy()]), (joints[:, -1], true, pve[:, -1])
+    result = {"data": found.name, "joints": protocol.joints, "frames": len(true),
               "truth": "measured joints S" if protocol.from_S else protocol.body,
               "skin": f"{len(model.smpl.v_template):,} vertices, the same root; truth: "
-                      f"{protocol.body}", "frames_of_skin": int(every["with_skin"].sum()),
-              "per_iteration": [summary(*x) for x in zip(errors, pve.tolist())],
-              "per_action": by_action(image[known], errors[-1])}
+                      f"{protocol.body}", "frames_of_skin": int(pve[:, 0].isfinite().sum()),
+              "per_iteration": [summary(joints[:, t], true, pve[:, t])
+                                for t in range(pve.shape[1])],
+              "per_action": {one: summary(*(x[action == one] for x in last))
+                             for one in sorted({*action})}}
     pose = Rotation.from_matrix(every["rotmats"].flatten(0, 1).double()).as_rotvec()
     return result, {"data": np.full(len(image), found.name), "imgname": image,
                     "row": every["row"].numpy(), "pose": pose.reshape(-1, 24, 3),
@@ -1110,29 +1041,21 @@ def measure(network: Network, found: People, options: argparse.Namespace) -> tup
                     "joints_mm": 1000 * every["joints"][:, -1].numpy()}
 
 
-def errors_of(points: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """Root-centred joints (n, P, 3) twice -> errors (n, P), mm, before and after Procrustes."""
-    aligned = compute_similarity_transform(points, true)              # (n, P, 3) frame by frame
-    return {"mpjpe": 1000 * (points - true).norm(dim=-1),
-            "pa_mpjpe": 1000 * (aligned - true).norm(dim=-1)}
+def summary(points: Tensor, true: Tensor, pve: Tensor) -> dict[str, float | None]:
+    """Root-centred joints (n, P, 3) twice, metres, and pve (n,), mm, NaN where not known -> the
+    seven measures (None: nobody has SMPL labels), each frame aligned by itself."""
+    aligned = compute_similarity_transform(points, true)              # (n, P, 3)
+    raw, pa = (summarize([{"mpjpe": 1000 * (x - true).norm(dim=-1)}]) for x in (points, aligned))
+    skin = pve.nanmean().item()
+    return {"frames": len(true), **raw, "pve": skin if math.isfinite(skin) else None,
+            **{f"pa_{key}": x for key, x in pa.items()}}
 
 
-def summary(errors: dict[str, Tensor], pve: float) -> dict[str, float | None]:
-    """One iteration's errors -> seven measures; None: nobody has SMPL labels."""
-    aligned = summarize([{"mpjpe": errors["pa_mpjpe"]}])
-    return summarize([errors]) | {"pve": pve if math.isfinite(pve) else None,
-                                  "pa_pck": aligned["pck"], "pa_auc": aligned["auc"]}
-
-
-def by_action(image: np.ndarray, errors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Means over the frames of each of H3.6M's actions, which stand in the pictures' names, such as
-    S9_Directions_1.54138969_000001.jpg; nothing for other names."""
+def actions(image: np.ndarray) -> np.ndarray:
+    """H3.6M's action of each picture, from names such as S9_Directions_1.54138969_000001.jpg ->
+    (n,) text; empty if any picture has another name."""
     found = [re.match(r"S\d+_([A-Za-z]+)", PurePosixPath(os.fsdecode(x)).name) for x in image]
-    action = np.array([match and match[1] for match in found])
-    return {} if None in found else {
-        one: {"frames": int((action == one).sum())} | {
-            key: x[torch.from_numpy(action == one)].mean().item() for key, x in errors.items()}
-        for one in sorted({*action.tolist()})}
+    return np.array([match[1] for match in found]) if all(found) else np.array([])
 
 
 def evaluate(network: Network, options: argparse.Namespace) -> list[dict]:
@@ -1168,42 +1091,32 @@ def evaluate(network: Network, options: argparse.Namespace) -> list[dict]:
 
 
 def print_measures(result: dict) -> None:
-    root = f"{result['joints']}; truth: {result['truth']}; mean over {result['frames']:,} frames"
+    columns, bins = result["per_iteration"], "thresholds 0, 5 .. 150 mm, strictly below"
     skin = (f"{result['skin']}; mean over {result['frames_of_skin']:,} frames"
             if result["frames_of_skin"] else "no SMPL labels")
-    bins = "thresholds 0, 5 .. 150 mm, strictly below"
-    say(f"{'':16s}" + "".join(f"{f'iteration {t}':>13s}" for t in range(
-        1, 1 + len(result["per_iteration"]))) + "  protocol")
+    say(" " * 16 + "".join(f"  iteration {t + 1}" for t in range(len(columns))) + "  protocol")
     for key, title, protocol in (
-            ("mpjpe", "MPJPE mm", root), ("pa_mpjpe", "PA-MPJPE mm", "the same, each frame moved, "
-                                          "turned and scaled onto the truth"),
+            ("mpjpe", "MPJPE mm", f"{result['joints']}; truth: {result['truth']}; mean over "
+                                  f"{result['frames']:,} frames"),
+            ("pa_mpjpe", "PA-MPJPE mm", "each frame moved, turned, scaled onto the truth"),
             ("pve", "PVE mm", skin), ("pck", "PCK@150 %", "joints as of MPJPE, below 150 mm"),
-            ("auc", "AUC %", bins),
-            ("pa_pck", "PA-PCK@150 %", "joints as of PA-MPJPE"), ("pa_auc", "PA-AUC %", bins)):
-        values = [row[key] for row in result["per_iteration"]]
-        say(f"{title:16s}" + "".join(f"{'-':>13s}" if v is None else f"{v:13.1f}"
-                                     for v in values) + f"  {protocol}")
+            ("auc", "AUC %", bins), ("pa_pck", "PA-PCK@150 %", "joints as of PA-MPJPE"),
+            ("pa_auc", "PA-AUC %", bins)):
+        say(f"{title:16s}" + "".join(f"{'-':>13s}" if row[key] is None else f"{row[key]:13.1f}"
+                                     for row in columns) + f"  {protocol}")
     if "3dhp" in result["data"].lower():
         say("SPIN's published numbers for 3DHP are over 17 joints, with pelvis, spine and jaw: "
             "another protocol")
-    rows = dict(result["per_action"])
-    if rows:
-        rows["mean of actions"] = {key: np.mean([row[key] for row in rows.values()])
-                                   for key in ("mpjpe", "pa_mpjpe")} | {"frames": len(rows)}
+    if rows := dict(result["per_action"]):
+        rows["mean of actions"] = {key: sum(row[key] for row in rows.values()) / len(rows)
+                                   for key in ("mpjpe", "pa_mpjpe", "frames")}
         say(f"{'last iteration':16s}{'MPJPE mm':>13s}{'PA-MPJPE mm':>13s}{'frames':>13s}")
     for title, row in rows.items():
-        say(f"{title:16s}{row['mpjpe']:13.1f}{row['pa_mpjpe']:13.1f}{row['frames']:13,}")
+        say(f"{title:16s}{row['mpjpe']:13.1f}{row['pa_mpjpe']:13.1f}{row['frames']:13,.0f}")
 
 
 # ============================================================================================
-# Not needed to understand HMR: the table of joint orders, the command line.
-
-def print_orders() -> None:
-    say("   " + "".join(f"{name:18s}" for name in ORDERS))
-    for i in range(max(map(len, ORDERS.values()))):
-        say(f"{i:2d} " + "".join(f"{order[i] if i < len(order) else '':18s}"
-                                 for order in ORDERS.values()))
-
+# Not needed to understand HMR: the command line.
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m appendix.datasets", allow_abbrev=False,
@@ -1221,17 +1134,16 @@ def command_line() -> argparse.ArgumentParser:
     add = one.add_argument
     add("--mix", nargs="+", type=float, default=(), metavar="WEIGHT",
         help="weights of --data, one each (default: half 2D, half 3D, each by size)")
-    add("--mocap", default="", metavar="DIR",
-        help="AMASS folder for the adversary (default: the open clips)")
+    add("--mocap", default="", metavar="DIR", help="AMASS folder for D (default: the open clips)")
     add("--mean-params", type=Path, metavar="FILE",
-        help="HMR's neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz, from which the "
+        help="HMR's neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz: where the "
         "regressor starts (default: the body file's mean pose)")
     add = two.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a run's checkpoint.pt, or SPIN's weights")
     add("--smpl", default="", metavar="FILE", help="body file (default: the run's)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device [auto]")
-    add("--joint-regressor", default="", metavar="FILE",
-        help="J_regressor_h36m.npy, for the field's 14 joints")
+    add("--joint-regressor", default="", metavar="FILE", help="J_regressor_h36m.npy, for the "
+        "field's 14 joints")
     add("--smpl-genders", nargs=2, default=(), metavar=("MALE", "FEMALE"),
         help="body files of the two sexes, where the data tell them apart")
     add("--out", type=Path, default=Path("out/measure"), metavar="DIR",
@@ -1247,19 +1159,21 @@ def run(argv: list[str] | None) -> None:
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "orders":
-        return print_orders()
-    if not 0 <= options.workers <= 64:
+        say("   " + "".join(f"{name:18s}" for name in ORDERS))
+        for n, names in enumerate(itertools.zip_longest(*ORDERS.values(), fillvalue="")):
+            say(f"{n:2d} " + "".join(f"{name:18s}" for name in names))
+    elif not 0 <= options.workers <= 64:
         raise ValueError(f"--workers {options.workers}: expected 0 to 64")
-    if options.command == "measure":
+    elif options.command == "measure":
         evaluate(load_network(options.checkpoint, options.smpl, options.device), options)
-        return None
-    if "--eval" in rest:
+    elif "--eval" in rest:
         raise ValueError("--eval: measure on photographs by `python -m appendix.datasets measure "
                          "CHECKPOINT --data ..`")
-    if options.mean_params and "--resume" in rest:
+    elif options.mean_params and "--resume" in rest:
         raise ValueError("--mean-params: --resume keeps the run's own start; leave it out")
-    return train.run(rest, functools.partial(RealPeople, options=options), theta_bar=(
-        options.mean_params and functools.partial(read_mean_params, options.mean_params)))
+    else:
+        train.run(rest, functools.partial(RealPeople, options=options), theta_bar=(
+            options.mean_params and functools.partial(read_mean_params, options.mean_params)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,9 +4,8 @@ Pose and Shape via Model-Fitting in the Loop", ICCV 2019; its data/model_checkpo
     python -m appendix.photo PHOTO.jpg --checkpoint model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl
     python -m appendix.datasets measure model_checkpoint.pt --smpl SMPL_NEUTRAL.pkl --data ..
 
-SPIN is HMR trained otherwise.  It has the same ResNet-50 and the same idea of a regressor, but no
-ReLU between the regressor's layers, three heads in place of one last layer, 6D rotations, and
-another order of Theta.  It is a class of its own, so that hmr.py stays the paper's.
+SPIN is HMR trained otherwise: the same ResNet-50 and idea of a regressor, but no ReLU between the
+regressor's layers, three heads in place of one last layer, 6D rotations, another order of Theta.
 
 Axes:  B images   T = 3 iterations   157 = cam 3 | pose 144 (6D) | betas 10
 """
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 import train
 from hmr import BETAS, CAM, HMR, POSE, Discriminator
-from smpl import SMPL, load_tensors, require_finite
+from smpl import SMPL, load_tensors, require_finite, say
 
 HEADS = {"pose": 144, "shape": 10, "cam": 3}          # in the order in which fc1 reads them
 
@@ -87,10 +86,7 @@ NUMPY = [(Inert, name) for name in (
 
 
 def spin_weights(path: str | os.PathLike) -> dict[str, Tensor] | None:
-    """The weights by name, or None if the file is not SPIN's (which has a `decpose.weight`).
-
-    DataParallel writes "module." before each name; it is taken away.
-    """
+    """The weights by name, without DataParallel's "module." before it; None for another file."""
     try:
         with torch.serialization.safe_globals(NUMPY):
             weights = load_tensors(path)["model"]
@@ -106,15 +102,15 @@ def load_spin(path: str | os.PathLike, smpl: SMPL | None = None) -> SPIN:
     if weights is None:
         raise ValueError(f"{path}: not SPIN's checkpoint, a dict whose `model` has decpose.weight")
     if len(smpl.v_template) != 6890:
-        print(f"SPIN was trained with SMPL's neutral body: on {smpl.name} its betas mean nothing "
-              f"and its poses are a little off; name SMPL's file by --smpl")
+        say(f"SPIN was trained with SMPL's neutral body: on {smpl.name} its betas mean nothing and "
+            f"its poses are a little off; name SMPL's file by --smpl")
     model = SPIN(smpl)
     parts = (model.encoder, model.regressor)              # whose weights lie in one dict in SPIN
-    expected = {name: tuple(x.shape) for part in parts for name, x in part.state_dict().items()}
+    own = {name: x for part in parts for name, x in part.state_dict().items()}
     # old files may lack BatchNorm's counters, which nothing reads here
-    found = {name: () for name in expected if name.endswith("num_batches_tracked")}
-    found |= {name: tuple(x.shape) if isinstance(x, Tensor) else "no tensor"
-              for name, x in weights.items()}
+    weights = {name: x for name, x in own.items() if name.endswith("tracked")} | weights
+    expected, found = ({name: tuple(getattr(x, "shape", ["no tensor"])) for name, x in some.items()}
+                       for some in (own, weights))
     wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such one')}"
              for name in sorted(expected.keys() | found.keys())
              if found.get(name) != expected.get(name)]
@@ -123,7 +119,7 @@ def load_spin(path: str | os.PathLike, smpl: SMPL | None = None) -> SPIN:
                          + "; ".join(wrong[:20]) + "; .." * (len(wrong) > 20))
     require_finite(weights, str(path))
     for part in parts:
-        part.load_state_dict({name: weights.get(name, x) for name, x in part.state_dict().items()})
+        part.load_state_dict({name: weights[name] for name in part.state_dict()})
     return model.eval()
 
 
