@@ -1,6 +1,6 @@
-"""Exercises and gallery: the markers, the hand-out, the grading, the table of mistakes.
+"""Exercises and gallery: the hand-out, the grading, the table of mistakes.
 
-Fast: the round trip and the whole gallery are commands, run by .ci/run.
+Fast: `python -m appendix.exercises check` and the whole gallery are commands, run by .ci/run.
 """
 
 import ast
@@ -25,8 +25,9 @@ def source(file: str) -> str:
     return (HERE / file).read_text(encoding="utf-8")
 
 
-def names_of_tests(file: str) -> set[str]:
-    return set(re.findall(r"^def (test_\w+)", source(file), re.M))
+def run(*words: str, cwd: Path = HERE) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, text=True,
+                          capture_output=True)
 
 
 # ============================================================================================
@@ -49,89 +50,38 @@ def test_every_edit_applies_to_one_line_and_names_a_test(edit):
     assert edited != text and "\n" not in edit.old.rstrip("\n"), "an edit of one line"
     ast.parse(edited)
     file, _, name = edit.test.rpartition("::")
-    assert name.partition("[")[0] in names_of_tests(file or "test_hmr.py"), f"no test {edit.test}"
-    assert edit.tell and not edit.tell.endswith("."), "one sentence for the student"
-    if edit.task:
-        (task,) = (task for task in TASKS if task.number == edit.task)
-        spans = [exercises.span(exercises.functions(text)[name]) for name in task.functions]
-        line = text[:text.index(edit.old)].count("\n")
-        assert task.file == edit.file and any(begin <= line < end for begin, end in spans), \
-            "not among the task's lines"
-        tests = {test.partition("[")[0] for test in task.tests}
-        assert name.partition("[")[0] in tests, f"task {edit.task} is not graded by {name}"
+    assert f"\ndef {name.partition('[')[0]}(" in source(file or "test_hmr.py"), f"no {edit.test}"
 
 
 def test_the_table_is_complete():
     assert [m.number for m in MISTAKES] == list(range(1, len(MISTAKES) + 1))
-    assert len(EDITS) >= 50 and len({(e.file, e.old, e.new) for _, e in EDITS}) == len(EDITS)
+    assert len({(e.file, e.old, e.new) for _, e in EDITS}) == len(EDITS) > 140
     for mistake in MISTAKES:
         assert bool(mistake.edits) != bool(mistake.elsewhere), f"{mistake.number}: or why not"
-    graded = {edit.task for _, edit in EDITS}
-    assert graded >= {task.number for task in TASKS}, "a task without a known mistake"
     with pytest.raises(ValueError, match="mend this edit"):
         gallery.apply(EDITS[0][1], "another text")
 
 
-def test_the_gallery_runs_and_tells(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "appendix.gallery", "1", "35", "--processes", "1"],
-                         cwd=HERE, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "3 of 3 edits caught" in run.stdout and "cannot be made here" in run.stdout
-    assert re.search(r"expected [-\d.]+, got [-\d.]+", run.stdout), "the message has numbers"
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: str(task.number))
+def test_a_mistake_of_each_task_is_caught_by_a_test_of_the_task(task):
+    text, known = source(task.file), exercises.functions(source(task.file))
+    lines = {line for name in task.functions for line in range(*known[name][:3:2])}
+    caught = [edit for _, edit in EDITS if edit.file == task.file
+              and text[:text.index(edit.old)].count("\n") in lines and any(
+                  edit.test.partition("[")[0] == f"test_{name}".partition("[")[0]
+                  for name in task.tests)]
+    assert caught, "no mistake in its lines is caught by its own tests"
+
+
+def test_the_gallery_runs_and_tells(graded):
+    shown = graded[0].stdout.partition(GALLERY_ENDED)[0]
+    assert "1 of 1 edits caught" in shown and "cannot be made here" in shown
+    assert "this is upside down, without the half turn" in shown, "the mistake is named"
     assert gallery.main(["99"]) == 2
 
 
 # ============================================================================================
 # The hand-out
-
-def test_the_table_of_tasks_is_whole():
-    for task in TASKS:
-        assert set(task.functions) <= exercises.functions(source(task.file)).keys(), task.title
-    assert [t.number for t in TASKS] == list(range(1, len(TASKS) + 1)) and len(TASKS) >= 14
-    assert sum(t.points for t in TASKS) == 100
-    assert set(exercises.PROBES) == {t.number for t in TASKS}
-    for task in TASKS:
-        missing = {test.partition("[")[0] for test in task.tests} - names_of_tests("test_hmr.py")
-        assert not missing, f"task {task.number} names tests that do not exist: {missing}"
-
-
-@pytest.mark.parametrize("text, wrong", [
-    ("# Task 1: a\nx\n", {(1, "a"): "no '# end of task'"}),
-    ("# Task 1: a\nx\n# Task 2: b\ny\n# end of task", {(1, "a"): "no '# end of task'"}),
-    ("# Task 1: a\nx\n# end of task\n# Task 1: a\n# end of task", {(1, "a"): "stands twice"}),
-    ("# task one\nx\n# end of task\n  # Task 2: b\n  y\n  # end of task", {})])
-def test_a_broken_marker_costs_its_own_task(text, wrong):
-    spans, found = exercises.regions(text.split("\n"))
-    assert set(found) == set(wrong) and all(wrong[k] in found[k] for k in wrong)
-    assert set(spans) == ({(2, "b")} if "Task 2" in text else set())
-
-
-def test_a_handout_keeps_what_states_the_task_and_gives_no_answer(tmp_path):
-    texts = exercises.handout()
-    assert set(texts) == {*CHAPTERS, "test_hmr.py", "requirements.txt", "LICENSE", "TASKS.md"}
-    assert texts["test_hmr.py"] == source("test_hmr.py")
-    for file in CHAPTERS:
-        ours, theirs = (exercises.functions(text) for text in (source(file), texts[file]))
-        assert ours.keys() == theirs.keys()
-        for name, function in ours.items():
-            other = theirs[name]
-            assert ast.unparse(function.args) == ast.unparse(other.args)
-            assert ast.get_docstring(function) == ast.get_docstring(other), name
-    for task in TASKS:
-        for name in task.functions:
-            assert f'"Task {task.number}, {task.where}: ' in texts[task.file]
-            cut = ast.unparse(exercises.functions(texts[task.file])[name])
-            assert "raise NotImplementedError" in cut, name
-    assert "# 4. Kinematic chain." in texts["smpl.py"] and "elements of R" not in texts["smpl.py"]
-    assert "# ---- (1) update D:" in texts["train.py"]
-
-
-def test_an_answer_that_stands_elsewhere_is_refused(monkeypatch):
-    monkeypatch.setattr(exercises, "tasks_md", lambda: "v_shaped = v_template + "
-                        "blend_shapes(betas, shapedirs)")
-    with pytest.raises(ValueError, match="smpl.py: a task's line stands in the hand-out's TASKS"):
-        exercises.handout()
-
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
@@ -140,122 +90,185 @@ def student(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_folder_is_whole(student, capsys):
+def test_the_table_of_tasks_is_whole():
+    for task in TASKS:
+        assert set(task.functions) <= exercises.functions(source(task.file)).keys(), task.title
+    assert [t.number for t in TASKS] == list(range(1, len(TASKS) + 1)) and len(TASKS) >= 14
+    assert sum(t.points for t in TASKS) == 100
+    assert exercises.QUESTIONS.count(f"\n{exercises.ANSWER}") == 3 * 8 == 3 * (
+        exercises.QUESTIONS.count("**Question "))
+    bare = [f"{f.name}, line {n.lineno}" for f in ast.parse(source("test_hmr.py")).body
+            for n in ast.walk(f) if isinstance(n, ast.Assert) and not n.msg and any(
+                f.name == f"test_{test}".partition("[")[0] for t in TASKS for test in t.tests)]
+    assert not bare, f"{bare}: a student needs a sentence"
+
+
+class Collected:              # a pytest plugin that keeps the names of the tests
+    def pytest_collection_finish(self, session):
+        self.names = {item.nodeid.partition("::")[2] for item in session.items}
+
+
+def test_a_tasks_command_runs_its_tests_and_no_others(student):
+    collected = Collected()
+    pytest.main(["--collect-only", "-qq", "--assert=plain", "-p", "no:cacheprovider", "-p",
+                 "no:faulthandler", str(HERE / "test_hmr.py")], plugins=[collected])
+    nodes = collected.names
+    command = (student / "TASKS.md").read_text(encoding="utf-8")
+    for task in TASKS:
+        chosen = {node for node in nodes if any(
+            word.lower() in node.lower() for word in task.key.split(" or "))}
+        tests = {f"test_{name}" for name in task.tests}
+        its = {node for node in nodes if node in tests or node.partition("[")[0] in tests}
+        assert {node.partition("[")[0] for node in its} == {t.partition("[")[0] for t in tests}
+        odd = {node for node in chosen ^ its if not node.startswith("test_resnet_equals")}
+        assert not odd, f"task {task.number}: -k {task.key!r} and its tests differ in {odd}"
+        assert f'    pytest test_hmr.py -k "{task.key}"\n' in command
+
+
+def test_a_handout_keeps_what_states_the_task_and_gives_no_answer(student):
+    texts = {path.name: path.read_text(encoding="utf-8") for path in student.glob("*.*")}
+    assert texts["test_hmr.py"] == source("test_hmr.py") and len(texts) == 7
+    for file in CHAPTERS:
+        ours, theirs = ({getattr(node, "name", ""): node for node in ast.walk(ast.parse(text))}
+                        for text in (source(file), texts[file]))
+        for name in exercises.functions(source(file)):
+            a, b = ours[name.rpartition(".")[2]], theirs[name.rpartition(".")[2]]
+            assert ast.unparse(a.args) == ast.unparse(b.args)
+            assert ast.get_docstring(a) == ast.get_docstring(b), name
+    for task in TASKS:
+        for name in task.functions:
+            assert f'raise NotImplementedError("Task {task.number}, {task.where}: {name}")' in \
+                texts[task.file]
+        for line in exercises.answer(task):
+            found = [name for name, text in texts.items() if len(line) > 20 and line in text]
+            assert not found, f"task {task.number}: {line!r} stands in {found}"
+
+
+def test_the_folder_is_whole(student, tmp_path, capsys):
     assert not list(student.parent.glob(".*")), "temporary files left behind"
     names = {path.name for path in student.iterdir()}
     assert names >= {"TASKS.md", "assets", "figures", "LICENSE"} and "appendix" not in names
     assert (student / "figures/elbow.png").stat().st_size > 10_000
     assert not (student / "assets/make_assets.py").exists()
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "test_hmr.py"], cwd=student,
-                         capture_output=True, text=True)
-    assert "NotImplementedError: Task 1, Sec. 3.1: batch_rodrigues" in run.stdout, run.stdout[-999:]
-    run = subprocess.run([sys.executable, "-c", "import smpl; smpl.SMPL('smpl.py')"], cwd=student,
-                         capture_output=True, text=True)
-    assert "appendix/body_file.py, which is missing here" in run.stderr, run.stderr
+    done = run("-m", "pytest", "-q", "-x", "test_hmr.py", cwd=student)
+    assert "NotImplementedError: Task 1, Sec. 3.1: batch_rodrigues" in done.stdout, done.stdout
     for folder, sentence in ((student, "exists already"), (HERE / "hand", "inside the project")):
         assert exercises.main(["write", str(folder)]) == 2
         assert sentence in capsys.readouterr().err
+    assert exercises.main(["write", str(tmp_path / "some"), "--tasks", "9,14"]) == 0
+    text = "".join((tmp_path / "some" / file).read_text(encoding="utf-8") for file in CHAPTERS)
+    assert set(re.findall(r"# >>> Task (\d+):", text)) == {"9", "14"}, "the others stay solved"
 
 
 def test_the_questions_commands_print_what_the_answers_say(capsys):
-    for question in exercises.QUESTIONS:
-        assert question.file in CHAPTERS and question.command.startswith("    python ")
-        assert len(question.answer) > 200
-    code = [re.search(r'-c "(.*)"', q.command) for q in exercises.QUESTIONS]
-    first, second = (match[1] for match in code if match)
-    exec(first, {})
-    shown = capsys.readouterr().out
-    assert "[0.800" in shown and "0.4000" in shown, shown
-    exec(second, {})
-    assert float(capsys.readouterr().out) == 0
-    exercises.answers()
-    assert capsys.readouterr().out.count("Answer: ") == len(exercises.QUESTIONS) == 8
+    shown = []
+    for command in re.findall(r'^    python -c "(.*?)"$', exercises.QUESTIONS, re.M | re.S):
+        exec(command.replace("\n    ", "\n"), {})
+        shown.append(capsys.readouterr().out)
+    first, second, third = shown
+    assert "[0.8000" in first and ", 0.4000" in first, first
+    norms = [float(line.split()[-1]) for line in second.splitlines()]
+    assert norms == pytest.approx([1.8, 23.8, 2.2, 7.2], rel=0.05), norms
+    assert float(third) == 0
+    assert "1 point" not in exercises.tasks_md(TASKS)
 
 
 # ============================================================================================
 # Grading
 
-def test_differences_are_found_whatever_comes():
-    expected = {"a": ([2], [1.0, float("nan")])}
-    assert exercises.difference({"a": [[2], [1.0 + 1e-12, float("nan")]]}, expected) == ""
-    assert exercises.difference({"a": [[2], [2.0, 0.0]]}, {"a": ([2], [1.0, 0.0])}) == \
-        "a is 2 where 1 is expected (number 1 of 2)"
-    assert "number 2 of 2" in exercises.difference({"a": [[2], [1.0, 3.0]]}, expected)
-    assert "the shape (1,), expected (2,)" in exercises.difference({"a": [[1], [1.0]]}, expected)
-    for junk in (None, {}, [], {"a": 3}, {"a": [[2], [1.0]]}, {"a": [[2], ["x", "y"]]}):
-        assert "docstring" in exercises.difference(junk, expected)
+def test_a_solved_file_becomes_the_projects_again(student, tmp_path):
+    """The student's lines replace the project's, whatever comments stand in them."""
+    for task in TASKS:
+        text, known = source(task.file), exercises.functions(source(task.file))
+        solved = (student / task.file).read_text(encoding="utf-8")
+        for name in task.functions:
+            before, after = (mark.format(task.number, name) for mark in (exercises.BEGIN,
+                                                                         exercises.END))
+            lines = "\n".join(text.split("\n")[known[name][0]:known[name][2]])
+            i, j = solved.index(before) + len(before), solved.rindex("\n", 0, solved.index(after))
+            solved = f"{solved[:i]}\n{lines}{solved[j:]}"
+        (tmp_path / task.file).write_text(solved, encoding="utf-8")
+        assert exercises.graft(task, tmp_path / task.file)[0] == text
 
 
+RIGHT = "return cam[:, None, :1] * (points[..., :2] + cam[:, None, 1:])"
 SUBMISSIONS = {    # of Task 9; what stands in place of its line, and what the grader says
-    "right": ("return cam[:, None, :1] * (points[..., :2] + cam[:, None, 1:])", None),
+    "right": (RIGHT, None),
+    "comments": ("# >>> Task 10: x\n    # end of task\n    # <<< Task 9\n    " + RIGHT, None),
     "paper": ("return cam[:, None, :1] * points[..., :2] + cam[:, None, 1:]",
-              "yours is the paper's s X + t"),
-    "leaves": ("import os\n    os._exit(0)", "without a report"),
+              "this is the paper's s X + t"),
+    "leaves": ("import os\n    os._exit(0)", "the process left by itself"),
     "exits": ("raise SystemExit(0)", "SystemExit"),
-    "hangs": ("while True:\n        pass", "did not end within 4 seconds"),
-    "hungry": ("return points.new_zeros(2 ** 40)", "memory"),
-    "prints": ('print("PASSED test_projection_is_the_official_codes")', "TypeError"),
-    "cheats": ('import sys\n    sys.modules["_pytest.python"].Function.runtest = lambda _: None\n'
-               '    return points[..., :2]', "inputs of the grader's own"),
-    "overfits": ("s, t = cam[:, None, :1], cam[:, None, 1:]\n    return s * (points[..., :2] + t) "
-                 "if points.shape[1] in (1, 4, 19) else s * points[..., :2] + t",
-                 "inputs of the grader's own: result 1 is"),
-    "imports": ("import pandas", "imports pandas"),
+    "hangs": ("while True:\n        pass", "did not end within 4 seconds: an endless loop?"),
+    "hungry": ("return points.new_zeros(2 ** 40)", "asks for more than 4 GiB of memory"),
+    "talks": ("while True:\n        print('x' * 2 ** 24)", "writes more than 256 MiB"),
+    "silent": ("points", "expected a torch.float32 tensor, as the input is, got NoneType"),
+    "helper": ("return half(points) * cam[:, :1]", "'half' stands outside the task's lines"),
+    "looks": ("import os, sys\n    here = [os.getcwd(), *sys.argv, *sys.path, *os.environ.values()]"
+              f"\n    assert not [x for x in here if '{HERE}' in x], here\n    {RIGHT}", None),
     "broken": ("return (cam", "hmr.py, line"),
-    "unmarked": ("\n# end of tusk\n", "no '# end of task'")}
+    "latin": ("return cam  # caf\xe9", "in Latin-1 or the like; save it as UTF-8"),
+    "unmarked": ("# <<< no more", "the line '# >>> Task 9: project' or '# <<< Task 9: project' is")}
+GALLERY_ENDED = "---- graded next"
+NOTHING = {"empty": "an empty folder", "nested": "the files stand deeper, in work",
+           "zipped": "none of the four files but hmr.zip", "gone": "no such folder"}
 
 
 @pytest.fixture(scope="module")
 def graded(student, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """A small class; before it the gallery, since importing torch takes as long as grading."""
     classroom, out = tmp_path_factory.mktemp("class"), tmp_path_factory.mktemp("out")
     blank = (student / "hmr.py").read_text(encoding="utf-8")
     line = re.search(r"raise NotImplementedError\(\"Task 9.*\n", blank)[0]
     for name, (text, _) in SUBMISSIONS.items():
         (classroom / name).mkdir()
-        text = blank.replace(line, f"{text}\n")
+        text = blank.replace(line, f"{text}\n") + "\n\ndef half(x):\n    return x / 2\n"
         if name == "unmarked":
-            begin = text.index("# Task 9")
-            text = text[:begin] + text[begin:].replace("# end of task", "", 1)
-        (classroom / name / "hmr.py").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "appendix.exercises", "grade", "--tasks", "9", "--seconds",
-               "4", "--out", str(out), "--processes", "2",
-               *(str(classroom / name) for name in SUBMISSIONS)]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True), out
+            text = text.replace("# <<< Task 9: project", "")
+        (classroom / name / "hmr.py").write_text(text, "latin-1" if name == "latin" else "utf-8")
+    for name in ("empty", "nested/work", "zipped", "again/right"):
+        (classroom / name).mkdir(parents=True)
+    for name in ("nested/work/hmr.py", "again/right/hmr.py"):
+        shutil.copyfile(classroom / "right/hmr.py", classroom / name)
+    (classroom / "zipped/hmr.zip").touch()
+    folders = [classroom / name for name in (*SUBMISSIONS, *NOTHING, "again/right")]
+    both = (f"import sys; from appendix import exercises, gallery; gallery.main(['16', '35']); "
+            f"print('{GALLERY_ENDED}', flush=True); sys.exit(exercises.main(sys.argv[1:]))")
+    return run("-c", both, "grade", "--tasks", "9", "--seconds", "4", "--processes", "2", "--out",
+               out, *folders), out
 
 
 def test_no_submission_stops_the_grading(graded):
-    run, out = graded
-    assert run.returncode == 1 and not run.stderr, run.stderr
+    done, out = graded
+    assert done.returncode == 1 and not done.stderr, done.stderr
     with open(out / "class.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["folder"] for row in rows] == list(SUBMISSIONS)
-    assert [row["points"] for row in rows] == ["4"] + ["0"] * (len(rows) - 1), run.stdout
+        rows = {row["student"]: row for row in csv.DictReader(file)}
+    assert len(rows) == len(SUBMISSIONS) + len(NOTHING) + 1, "one row a student"
+    right = {name for name, row in rows.items() if row["points"] == row["9 project"] == "4"}
+    assert right == {next(iter(rows)), "comments", "looks", "again_right"}, "two are named right"
+    for name, sentence in NOTHING.items():
+        assert rows[name]["remark"].startswith(sentence) and rows[name]["points"] == "0"
+    table = done.stdout.split("most frequent loss\n")[1]
+    assert re.match(r" 9 project +4 +0 +15  1 x ", table), table
 
 
 @pytest.mark.parametrize("name", SUBMISSIONS)
 def test_a_submission_is_told_what_is_wrong(graded, name):
-    content = json.loads((graded[1] / f"{name}.json").read_text(encoding="utf-8"))
-    (test,) = content["tests"]
-    says = SUBMISSIONS[name][1]
+    (path,) = graded[1].glob(f"*{name}.json") if name != "right" else graded[1].glob("class*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    (test,), says = content["tests"], SUBMISSIONS[name][1]
     assert test["max_score"] == 4 and test["score"] == content["score"] == 4 * (says is None)
-    assert test["status"] == ("failed" if says else "passed")
-    assert (says or "") in test["output"], test["output"]
+    assert (says or "") in test["output"] and bool(says) == bool(test["output"]), test["output"]
 
 
-def test_bad_folders_and_options_end_in_a_sentence(tmp_path, capsys, student):
-    shutil.copytree(student, tmp_path / "a" / "same", ignore=shutil.ignore_patterns("assets"))
-    shutil.copytree(student, tmp_path / "b" / "same", ignore=shutil.ignore_patterns("assets"))
-    for arguments, sentence in ((["gone"], "expected a student's folder"),
-                                ([str(tmp_path)], "expected a student's folder"),
-                                ([str(student), "--tasks", "99"], "99 is no task"),
-                                ([str(student), "--tasks", "a"], "expected numbers such as 3,7"),
-                                ([str(student), "--seconds", "0"], "expected more than 0"),
-                                ([str(tmp_path / "a/same"), str(tmp_path / "b/same")],
-                                 "two folders of this name")):
-        assert exercises.main(["grade", *arguments, "--out", str(tmp_path / "out")]) == 2
+def test_bad_options_end_in_a_sentence(tmp_path, capsys, student):
+    for arguments, sentence in ((["--tasks", "99"], "expected numbers of 1 to 17 such as 3,7"),
+                                (["--seconds", "0"], "expected more than 0")):
+        arguments = ["grade", str(student), *arguments, "--out", str(tmp_path / "o")]
+        assert exercises.main(arguments) == 2
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1, error
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "o").exists()
 
 
 # ============================================================================================
