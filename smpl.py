@@ -308,8 +308,9 @@ def read_plain_body(path: Path) -> dict[str, np.ndarray]:
     # The official table stores the root's parent as 4294967295, which is -1 in uint32.
     data["parents"] = data.pop("kintree_table")[0].astype(np.int64).astype(np.int32)
     faces, data["f"] = data["f"], data["f"].astype(np.int64)
-    if data["parents"].tolist() != list(PARENTS) or (data["f"] != faces).any() or not (
-            0 <= faces.min() <= faces.max() < V and all(np.abs(data[k]).max() < 1e15 for k in data)):
+    finite = all(np.abs(array).max() < 1e15 for array in data.values())     # as float32, too
+    if not (finite and data["parents"].tolist() == list(PARENTS) and (data["f"] == faces).all()
+            and 0 <= faces.min() <= faces.max() < V):
         raise ValueError("the tree, the triangles or the numbers are not a body's")
     return {key: data[key] for key in (*shapes, "parents") if key != "kintree_table"}
 
