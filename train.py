@@ -465,7 +465,7 @@ class RecordedStep:
     """A training step whose kernels are recorded once and then launched together, as a CUDA graph.
 
     Python launches a step of --small as 1,724 kernels, one by one, at some 30 microseconds each.
-    On one H100 such a step takes 51 ms, and its kernels take 14 of them: the GPU waits for
+    On one H100 such a step takes 41 to 51 ms, and its kernels take 14: the GPU waits for
     Python.  A graph is one launch.  A prototype of this class brought the step to 11.5 ms, and to
     6.5 ms with pictures drawn ahead.
 

@@ -742,7 +742,7 @@ def training_draws(sizes: list[int], share: np.ndarray, B: int, crop: str, seed:
         place = (np.arange(B) + rng.random()) / B                     # (B,)
         chosen = np.searchsorted(share.cumsum()[:-1], rng.permutation(place), "right")
         yield [Draw(int(k), int(u_row * sizes[k]), (move * (2 * u_x - 1), move * (2 * u_y - 1)),
-                    least + (most - least) * u_zoom, u_flip < 0.5)
+                    least + (most - least) * u_zoom, bool(u_flip < 0.5))
                for k, (u_row, u_x, u_y, u_zoom, u_flip) in zip(chosen, rng.random((B, 5)))]
         step += 1
 
