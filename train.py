@@ -3,7 +3,7 @@
 Chapter 4 of 4 (smpl.py <- hmr.py <- data.py <- train.py).  HMR Sec. 3.4 and 4.
 
     python train.py --small --overfit --steps 150 --out runs/overfit    # can it learn one batch?
-    python train.py --small                         # some 7 minutes on two CPU cores
+    python train.py --small                         # 7 to 12 minutes on two CPU cores
     python train.py --eval runs/small/checkpoint.pt # prints the table of a finished run again
     python train.py                                 # official settings (ResNet-50, 224 px)
     python train.py --resume --out runs/small       # goes on with a run that was stopped
