@@ -117,13 +117,14 @@ def point_windows(points: Tensor, visible: Tensor, crop: str) -> tuple[Tensor, T
     return (low + high) / 2, torch.where(good, side, math.nan)
 
 
-def person_scale(keypoints: Tensor, visible: Tensor, crop: str = "official") -> float:
-    """How many pixels of a 224 crop a picture's pixel becomes, by the rule of `point_windows`:
-    keypoints (19, 2) pixels, visible (19,).  Raises ValueError."""
-    side = point_windows(keypoints[None], visible[None], crop)[1].item()
-    if math.isnan(side):
+def person_window(keypoints: Tensor, visible: Tensor, crop: str = "official"
+                  ) -> tuple[Tensor, float]:
+    """One person's `point_windows`: keypoints (19, 2) pixels, visible (19,) -> middle (2,), side.
+    Raises ValueError."""
+    middles, sides = point_windows(keypoints[None], visible[None], crop)          # (1, 2), (1,)
+    if sides.isnan():
         raise ValueError("cropping needs at least 2 visible keypoints, at least 5 pixels apart")
-    return 224 / side
+    return middles[0], sides.item()
 
 
 def cut_window(image: Tensor, center: Tensor, side: float, size: int,
@@ -169,7 +170,7 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
 
     image (3, H, W) in [0, 1]; keypoints (19, 2) pixels where pixel i covers [i, i + 1): add 0.5 to
     annotations that count whole pixels; visible (19,).  The visible points' box is centred and
-    scaled by `person_scale`; `shift` (pixels of a 224 crop; official training: within 20) moves
+    scaled as `point_windows` says; `shift` (pixels of a 224 crop; official training: within 20) moves
     the window before `zoom` (0.8 to 1.23) scales it.  Beyond the picture its edge is repeated, as
     in the official code (SPIN pads with zeros); a picture that shrinks is low-passed (not there).
     Unlabelled points are set to 0, whatever they hold.  Raises ValueError.
@@ -177,8 +178,7 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
     if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
         raise ValueError(f"the picture must be (3, H, W), numbers in [0, 1] (divide bytes by 255, "
                          f"colours first); got {tuple(image.shape)}, {image.dtype}")
-    side = 224 / person_scale(keypoints, visible, crop)
-    center = point_windows(keypoints[None], visible[None], crop)[0][0]            # (2,)
+    center, side = person_window(keypoints, visible, crop)            # (2,)
     return cut_person(image, keypoints, visible, center, side, size, shift, zoom)
 
 

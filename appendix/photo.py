@@ -37,7 +37,7 @@ import data
 import train
 from appendix.ablate import draw_points
 from appendix.datasets import (COCO_NAMES, CONFIDENT, NOBODY, coco_person, cut_window, labelled,
-                               person_points, person_scale, read_json, read_picture)
+                               person_points, person_window, read_json, read_picture)
 from appendix.spin import Network, load_network
 from hmr import (CAM, HMR, POSE, Discriminator, HMROutput, discriminator_loss, mean_theta,
                  project)
@@ -76,11 +76,10 @@ def window_of(person: Person, crop: str = "official") -> Window:
         middle, wh = person.box[:2] + person.box[2:] / 2, person.box[2:]          # (2,) each
         return Window(middle, float(wh.max()) if crop == "spin" else
                       224 / data.CROPS[crop][0] * float(wh.norm()) / BOX)
-    seen = person.keypoints[person.visible > 0]                       # (n, 2)
-    low, high = seen.amin(0), seen.amax(0)                            # (2,) each
+    middle, side = person_window(person.keypoints, person.visible, crop)          # (2,)
     if crop == "spin":
-        return Window(seen.mean(0), 1.2 * float((high - low).max()))
-    return Window((low + high) / 2, 224 / person_scale(person.keypoints, person.visible, crop))
+        middle = person.keypoints[person.visible > 0].mean(0)         # (2,)
+    return Window(middle, side)
 
 
 def to_photo(points: Tensor, window: Window) -> Tensor:
@@ -329,7 +328,7 @@ def person_of(number: int, rows: np.ndarray, image: Tensor) -> Person:
                          f"do not count)")
     points = torch.from_numpy(np.where(seen[:, None], rows[:, :2] + 0.5, 0)).float()      # (19, 2)
     visible, size = torch.from_numpy(seen).float(), torch.tensor(image.shape[:0:-1])      # (19,)
-    person_scale(points, visible)                                     # raises for a few pixels
+    person_window(points, visible)                                    # raises for a few pixels
     if (points[seen].amax(0) < 0).any() or (points[seen].amin(0) >= size).any():
         raise ValueError(f"all points lie outside the photo of {size.tolist()} pixels, x and y")
     return Person(number, points, visible, None)

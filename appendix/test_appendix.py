@@ -136,7 +136,8 @@ def test_the_crop_has_the_official_size_and_jitter():
 def test_the_crops_scale_is_the_official_codes(golden):
     for points, scale in zip(golden["scale_keypoints"], golden["out_scale_coco"]):
         # a norm and a quotient: a few roundings
-        close(datasets.person_scale(points[:, :2], points[:, 2]), scale, 1e-14 * scale.item(),
+        _, side = datasets.person_window(points[:, :2], points[:, 2])
+        close(224 / side, scale, 1e-14 * scale.item(),
               f"{int((points[:, 2] > 0).sum())} points: ANY visible ankle: the box, else the torso")
 
 

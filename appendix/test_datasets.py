@@ -183,8 +183,8 @@ def test_box_keypoints_and_spins_points_show_a_person_equally_large(tmp_path, bo
         close((side_p / side_b).median(), 1.0, 0.05, f"{crop}: cropped without the head?")
         # 0.8 pixels of 224: face and ears reach beyond the 14 points of some
         close(((center_p - center) / side[:, None]).abs().mean(0), [0, 0], 0.8 / 224, "the middle")
-        single = datasets.person_scale(batch.keypoints2d[0] * 100, batch.visible[0], crop)
-        close(224 / side[0], single, 1e-4 * single, "one person or many")
+        _, single = datasets.person_window(batch.keypoints2d[0] * 100, batch.visible[0], crop)
+        close(224 / side[0], 224 / single, 1e-4 * 224 / single, "one person or many")
     side = datasets.windows(by_points, "spin")[1]
     close(side, by_points.box[:, 2], 0, "SPIN sees the box itself")
 
