@@ -11,7 +11,6 @@ Axes:  B images   T = 3 iterations   157 = cam 3 | pose 144 (6D) | betas 10
 """
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -85,22 +84,33 @@ NUMPY = [(Inert, name) for name in (
                                                                              "_reconstruct")))]
 
 
-def spin_weights(path: str | os.PathLike) -> dict[str, Tensor] | None:
-    """The weights by name, without DataParallel's "module." before it; None for another file."""
+def read(path: str | os.PathLike) -> dict:
+    """What a checkpoint of SPIN or of a run holds; {} for a broken or foreign file."""
     try:
         with torch.serialization.safe_globals(NUMPY):
-            weights = load_tensors(path)["model"]
-        weights = {name.removeprefix("module."): x for name, x in weights.items()}
+            return load_tensors(path)
+    except Exception:                           # train.load says what is wrong
+        return {}
+
+
+def spin_weights(content: dict) -> dict[str, Tensor] | None:
+    """The weights by name, without DataParallel's "module." before it; None for another file."""
+    try:
+        weights = {name.removeprefix("module."): x for name, x in content["model"].items()}
         return weights if "decpose.weight" in weights else None
-    except Exception:                       # a broken or foreign file: train.load says which
+    except (LookupError, AttributeError, TypeError):
         return None
 
 
 def load_spin(path: str | os.PathLike, smpl: SMPL | None = None) -> SPIN:
     """SPIN's checkpoint -> the network, in eval mode.  Raises ValueError, listing what is amiss."""
-    smpl, weights = smpl or SMPL(), spin_weights(path)
-    if weights is None:
-        raise ValueError(f"{path}: not SPIN's checkpoint, a dict whose `model` has decpose.weight")
+    if weights := spin_weights(read(path)):
+        return build_spin(weights, path, smpl or SMPL())
+    raise ValueError(f"{path}: not SPIN's checkpoint, a dict whose `model` has decpose.weight")
+
+
+def build_spin(weights: dict[str, Tensor], path: str | os.PathLike, smpl: SMPL) -> SPIN:
+    """`load_spin` of weights that were read."""
     if len(smpl.v_template) != 6890:
         say(f"SPIN was trained with SMPL's neutral body: on {smpl.name} its betas mean nothing and "
             f"its poses are a little off; name SMPL's file by --smpl")
@@ -135,11 +145,13 @@ class Network(NamedTuple):
 def load_network(path: str | os.PathLike, smpl: str | os.PathLike | None = None,
                  device: str = "auto") -> Network:
     """A run's checkpoint.pt, or SPIN's published weights.  Raises FileNotFoundError, ValueError."""
-    if spin_weights(path) is None:
-        model, D, config = train.load(path, smpl, device)
-        world = train.load_checkpoint(Path(path), os.fspath(smpl or ""))["world"]
+    content = read(path)
+    weights, world = spin_weights(content), content.get("world", "")
+    del content                                 # a large run's file is not held twice
+    if weights is None:
+        model, D, config = train.load(path, smpl, device)             # checks all that it reads
         return Network(model, D, config, config.crop, world)
     config = train.settle(train.Config(rotation="6d", adv=False, amp="off", device=device,
                                        smpl=os.fspath(smpl or "")))
-    model = load_spin(path, SMPL(config.smpl or None)).to(config.device)
+    model = build_spin(weights, path, SMPL(config.smpl or None)).to(config.device)
     return Network(model, None, config, "spin", "SPIN's data (photographs)")
