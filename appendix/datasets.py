@@ -5,8 +5,8 @@
         lsp:DIR --mocap AMASS [flags of train.py]
     python -m appendix.datasets measure CHECKPOINT --data spin:h36m_valid_protocol1.npz@IMAGES
 
-`train` is train.py's command with another world, RealPeople, below.  No chapter needs this file.
-Sec. 3.4 and 4.1; official data_loader and converters; SPIN's files.
+`train` is train.py's command with another world, RealPeople (Sec. 3.4 and 4.1; the official
+data_loader and converters; SPIN's files).
 
 Axes:  N people of a data set   B pictures of a batch   H, W pixels of a picture   V vertices
        size = 224 pixels of a crop   19 keypoints   24 joints: SMPL's in pose and rotmats, SPIN's
@@ -25,6 +25,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import struct
 import sys
 import warnings
@@ -55,7 +56,7 @@ from train import Config, compute_similarity_transform, summarize
 # --------------------------------------------------------------------------------------------
 # 1. Joint orders.  Every map below is made by name; the published number tables are in the tests.
 
-# SPIN's 24 slots: LSP's 14, then points that other data sets have, then the face.
+# SPIN's 24 slots: LSP's 14, other data sets' points, the face.
 J24_NAMES = (*KEYPOINT_NAMES[:LSP], "pelvis_mpii", "thorax_mpii", "spine_h36m", "jaw_h36m",
              "head_h36m", *KEYPOINT_NAMES[LSP:])
 COCO_NAMES = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder",
@@ -119,8 +120,7 @@ def point_windows(points: Tensor, visible: Tensor, crop: str) -> tuple[Tensor, T
 
 def person_window(keypoints: Tensor, visible: Tensor, crop: str = "official"
                   ) -> tuple[Tensor, float]:
-    """One person's `point_windows`: keypoints (19, 2) pixels, visible (19,) -> middle (2,), side.
-    Raises ValueError."""
+    """One person's: (19, 2) pixels, (19,) -> middle (2,), side.  Raises ValueError."""
     middles, sides = point_windows(keypoints[None], visible[None], crop)          # (1, 2), (1,)
     if sides.isnan():
         raise ValueError("cropping needs at least 2 visible keypoints, at least 5 pixels apart")
@@ -131,9 +131,8 @@ def cut_window(image: Tensor, center: Tensor, side: float, size: int,
                padding: str = "border") -> Tensor:
     """A square window of a picture -> (3, size, size), of the picture's dtype.
 
-    image (3, H, W), bytes or numbers; center (2,) and side in the picture's pixels.  Only what the
-    window needs is touched, still as bytes, then resized.  A picture that shrinks is low-passed
-    first, or it aliases.  Beyond its border it is repeated, or 0 (padding "zeros").
+    image (3, H, W), bytes or numbers; center (2,) and side in the picture's pixels.  A picture that
+    shrinks is low-passed, or it aliases.  Beyond its border it is repeated, or 0 (padding "zeros").
     """
     H, W = image.shape[1:]
     reach = side / 2 + 2 * max(1.0, side / size)       # low-pass and interpolation look further
@@ -154,32 +153,25 @@ def cut_window(image: Tensor, center: Tensor, side: float, size: int,
     return cut if image.is_floating_point() else cut.round().to(image.dtype)
 
 
-def cut_person(image: Tensor, points: Tensor, visible: Tensor, center: Tensor, side: float,
-               size: int, shift: tuple[float, float], zoom: float,
-               padding: str = "border") -> tuple[Tensor, Tensor]:
-    """`crop_person`, where the window is known before its jitter."""
-    center, side = center + center.new_tensor(shift) * side / 224, side / zoom    # (2,)
-    points = torch.where(visible[:, None] > 0, 2 * (points - center) / side, 0)   # (19, 2)
-    return cut_window(image, center, side, size, padding), points
-
-
 def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 224,
-                shift: tuple[float, float] = (0, 0), zoom: float = 1.0,
-                crop: str = "official") -> tuple[Tensor, Tensor]:
+                shift: tuple[float, float] = (0, 0), zoom: float = 1.0, crop: str = "official",
+                window: tuple[Tensor, float] | None = None) -> tuple[Tensor, Tensor]:
     """Cut a person out as HMR does -> crop (3, size, size), keypoints2d (19, 2) in [-1, 1].
 
-    image (3, H, W) in [0, 1]; keypoints (19, 2) pixels where pixel i covers [i, i + 1): add 0.5 to
-    annotations that count whole pixels; visible (19,).  The visible points' box is centred and
-    scaled as `point_windows` says; `shift` (pixels of a 224 crop; official training: within 20) moves
-    the window before `zoom` (0.8 to 1.23) scales it.  Beyond the picture its edge is repeated, as
-    in the official code (SPIN pads with zeros); a picture that shrinks is low-passed (not there).
-    Unlabelled points are set to 0, whatever they hold.  Raises ValueError.
+    image (3, H, W), bytes or numbers; keypoints (19, 2) pixels where pixel i covers [i, i + 1): add
+    0.5 to annotations that count whole pixels; visible (19,).  `shift` (pixels of a 224 crop;
+    official training: within 20) moves the person's window (`person_window`, unless one is given)
+    before `zoom` (0.8 to 1.23) scales it.  Beyond the picture its edge is repeated, as in the
+    official code; crop "spin" has zeros there.  Unlabelled points are set to 0, whatever they hold.
+    Raises ValueError.
     """
-    if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-        raise ValueError(f"the picture must be (3, H, W), numbers in [0, 1] (divide bytes by 255, "
-                         f"colours first); got {tuple(image.shape)}, {image.dtype}")
-    center, side = person_window(keypoints, visible, crop)            # (2,)
-    return cut_person(image, keypoints, visible, center, side, size, shift, zoom)
+    if image.ndim != 3 or len(image) != 3:
+        raise ValueError(f"the picture must be (3, H, W), colours first; got {tuple(image.shape)}")
+    center, side = window or person_window(keypoints, visible, crop)  # (2,)
+    center, side = center + center.new_tensor(shift) * side / 224, side / zoom    # (2,)
+    points = torch.where(visible[:, None] > 0, 2 * (keypoints - center) / side, 0)      # (19, 2)
+    padding = "zeros" if crop == "spin" else "border"
+    return cut_window(image, center, side, size, padding), points
 
 
 def flip_batch(batch: Batch) -> Batch:
@@ -209,8 +201,7 @@ class People(NamedTuple):
     betas: Tensor         # (N, 10)
     has_smpl: Tensor      # (N,) bool: pose and betas are labels
     gender: Tensor        # (N,) whose body pose and betas are of: 1 male, 2 female, 0 other
-    box: Tensor           # (N, 3) centre x, y and side, pixels: SPIN's box, 1.2 times the person's
-    #                       longer side; NaN if there is none
+    box: Tensor           # (N, 3) middle x, y, and side: SPIN's, 1.2 times the longer side; or NaN
     size: Tensor          # (N, 2) width, height of the labelled picture; 0: not said
     skipped: Counter      # why, and how many, rows of the file are left out
 
@@ -222,8 +213,7 @@ def labelled(visible: np.ndarray, where: str = "") -> np.ndarray:
     """Visibility as bool: labels are 0, 1 or 2, a detector's confidences lie between 0 and 1."""
     visible = np.where(np.isfinite(visible), visible, 0).astype(float)
     if odd := visible[(visible < 0) | (visible > 1) & (visible != 2)].tolist():
-        raise ValueError(f"{where}a visibility of {odd[0]:g}; expected 0, 1 or 2, or a confidence "
-                         f"of at most 1")
+        raise ValueError(f"{where}a visibility of {odd[0]:g}; expected 0, 1 or 2, or confidences")
     return visible >= CONFIDENT
 
 
@@ -237,11 +227,10 @@ def make_people(name: str, folder: Path, image: list[bytes], skipped: dict[str, 
     """The readers' arrays as People, of whose fields `labels` has what there is.
 
     What is not finite as float32 is not labelled: a 2D or 3D point alone, pose and betas together.
-    Without both hips a person has no 3D (they are its origin).  Raises ValueError if nobody is
-    left, or if the file is wrong as a whole.
+    Without both hips a person has no 3D (they are its origin).  Raises ValueError.
     """
     for path in image:
-        if path[:1] in b"/\\" or path[1:2] == b":" or b".." in re.split(rb"[/\\]", path):
+        if re.match(rb"[/\\]|.:|(.*[/\\])?\.\.([/\\]|$)", path):
             raise ValueError(f"{name}: its picture {os.fsdecode(path)!r} lies outside the folder "
                              f"of pictures; expected paths that start in that folder")
     shapes = {"part": (24, 3), "S": (24, 4), "pose": (72,), "betas": (10,), "has_smpl": (),
@@ -257,7 +246,7 @@ def make_people(name: str, folder: Path, image: list[bytes], skipped: dict[str, 
         array[~good], array[good, -1] = 0, 1
     a, b = (S[:, ends] for ends in LIMB_ENDS)                         # (N, 8, 4) each
     limb = np.linalg.norm(a - b, axis=2) * a[..., 3] * b[..., 3]      # (N, 8)
-    if limb.size and limb.max() > 3:
+    if limb.max(initial=0) > 3:
         raise ValueError(f"{name}: a limb of row {limb.max(1).argmax()} is {limb.max():.0f} m "
                          f"long; expected S in metres; is it in millimetres?")
     has_smpl = (has_smpl > 0) & np.isfinite(pose).all(1) & np.isfinite(betas).all(1)      # (N,)
@@ -268,14 +257,14 @@ def make_people(name: str, folder: Path, image: list[bytes], skipped: dict[str, 
         Counter(skipped)))
 
 
-def which_labels(found: People) -> dict[str, Tensor]:
-    """Who has labels of each kind: (N,) bool each."""
-    return {"2D": found.part[..., 2].any(1), "3D": found.S[..., 3].any(1), "SMPL": found.has_smpl}
+def which_labels(found: People) -> Tensor:
+    """Who has 2D, 3D and SMPL labels: (3, N) bool."""
+    return torch.stack([found.part[..., 2].any(1), found.S[..., 3].any(1), found.has_smpl])
 
 
 def usable(found: People) -> People:
     """The people who have a label and can be cropped; the others are counted by their reason."""
-    some_label = torch.stack(list(which_labels(found).values())).any(0)           # (N,)
+    some_label = which_labels(found).any(0)                           # (N,)
     keep, skipped = some_label & windows(found)[1].isfinite(), Counter(found.skipped)     # (N,)
     skipped["without any label"] += int((~some_label).sum())
     skipped["no 2 keypoints nor box of 5 pixels"] += int((some_label & ~keep).sum())
@@ -290,8 +279,8 @@ def reasons(skipped: Counter) -> str:
     return ", ".join(f"{n:,} {why}" for why, n in (+skipped).items()) or "nobody left out"
 
 
-# A person's keypoints have a diagonal of 1.12 times their longer side, and a box of 1.2 times it
-# (measured: median over data.py's training poses under any heading, 1.11 to 1.13).
+# SPIN's box is 1.2 times the keypoints' longer side, and their diagonal is 1.12 times it (measured:
+# the median over data.py's training poses under any heading is 1.11 to 1.13).
 DIAGONAL_OF_BOX = 1.12 / 1.2
 
 
@@ -355,8 +344,7 @@ def read_spin_file(path: Path, images: Path) -> People:
     top stands in slot 18 and is keypoint 13, as in the official code.  Both go by the file's name.
     """
     rows, name = load_arrays(path, SPIN_FILE, "SPIN's .npz"), path.name.lower()
-    others = {*rows.pop("others").tolist()} - {"openpose", "maskname", "partname"}
-    if others:
+    if others := {*rows.pop("others").tolist()} - {"openpose", "maskname", "partname"}:
         say(printable(f"{path.name}: not used, as SPIN's lack them: {', '.join(sorted(others))}"))
     for key, partner in (("imgname", None), ("pose", "shape"), ("shape", "pose"),
                          ("center", "scale"), ("scale", "center")):
@@ -381,10 +369,9 @@ def read_spin_file(path: Path, images: Path) -> People:
     if "shape" in rows:
         rows["betas"] = rows["shape"]
     if "gender" in rows:
-        names = (x.decode("latin1") if isinstance(x, bytes) else str(x)
-                 for x in rows["gender"].tolist())
+        names = map(os.fsdecode, rows["gender"].astype(str).tolist())
         rows["gender"] = np.array([GENDERS.get(x.strip().lower(), 0) for x in names])
-    image = [x if isinstance(x, bytes) else os.fsencode(x) for x in rows["imgname"].tolist()]
+    image = [os.fsencode(x) for x in rows["imgname"].tolist()]        # text or bytes
     return make_people(f"spin:{path.name}", images, image, **rows)
 
 
@@ -510,30 +497,30 @@ def read_coco(path: Path, images: Path) -> People:
 
 
 def is_small(path: Path) -> bool:
-    """Do a MATLAB 5 file's variables unpack to at most 1 GiB?  Nothing of it is kept meanwhile."""
-    content = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
-    total, at, order = 0, 128, "<" if content[126:128] == b"IM" else ">"
+    """Does a MATLAB 5 file's every compressed variable unpack to at most 1 GiB?"""
+    content, at = path.read_bytes(), 128
+    order = "<" if content[126:128] == b"IM" else ">"
     while at + 8 <= len(content):
         kind, size = struct.unpack_from(order + "II", content, at)
-        stream, packed = zlib.decompressobj(), content[at + 8:at + 8 + size] if kind == 15 else b""
-        while packed and total <= MOST_BYTES:                         # 15: miCOMPRESSED
-            total += len(stream.decompress(packed, 2 ** 20))
-            packed = stream.unconsumed_tail
+        stream = zlib.decompressobj()
+        if kind == 15 and (stream.decompress(content[at + 8:at + 8 + size], MOST_BYTES)
+                           and stream.unconsumed_tail):               # 15: miCOMPRESSED
+            return False
         at += 8 + size
-    return 0 < len(content) and total <= MOST_BYTES
+    return True
 
 
 def read_joints(path: Path) -> np.ndarray:
     """`joints` of LSP's joints.mat, (3, 14, N), or of LSPET's, (14, 3, N)."""
     expected = "LSP's joints (3, 14, 2000) or LSPET's (14, 3, 10000), at most 1 GiB"
-    path, what = plain_file(path, f"LSP's folder with joints.mat in it: {expected}"), "no joints"
+    path = plain_file(path, f"LSP's folder with joints.mat in it: {expected}")
     try:
-        for name, shape, kind in scipy.io.whosmat(path):              # looks at headers alone
-            if name == "joints":
-                what = f"joints is {kind} {shape}"
-                if shape[:2] in ((3, 14), (14, 3)) and len(shape) == 3 and re.fullmatch(
-                        r"double|single|u?int\d+", kind) and is_small(path):
-                    return scipy.io.loadmat(path, variable_names=["joints"])["joints"]
+        headers = {name: what for name, *what in scipy.io.whosmat(path)}
+        shape, kind = headers.get("joints", ((), "no"))
+        if len(shape) == 3 and shape[:2] in ((3, 14), (14, 3)) and re.fullmatch(
+                r"double|single|u?int\d+", kind) and is_small(path):
+            return scipy.io.loadmat(path, variable_names=["joints"])["joints"]
+        what = f"{kind} joints {shape or ''}".strip()
     except NotImplementedError:
         what = "of MATLAB 7.3 (HDF5), which LSP's own file is not; save it by -v7"
     except Exception as error:                  # scipy's many
@@ -684,7 +671,7 @@ def read_picture(path: str | os.PathLike, size: tuple[int, int] | None = None,
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # Pillow's own; the bound is below
             with Image.open(path, formats=FORMATS) as image:
-                return torch.from_numpy(rgb(image, size, turn)).permute(2, 0, 1)  # (3, H, W)
+                return vision.pil_to_tensor(decoded(image, size, turn))           # (3, H, W)
     except ValueError as error:
         why = str(error)
     except Exception as error:                          # Pillow's many
@@ -693,8 +680,8 @@ def read_picture(path: str | os.PathLike, size: tuple[int, int] | None = None,
     raise ValueError(f"{path}: {why}")
 
 
-def rgb(image: Image.Image, size: tuple[int, int] | None, turn: bool) -> np.ndarray:
-    """Decode, and turn, an opened picture -> (H, W, 3) bytes.  Raises ValueError, Pillow's."""
+def decoded(image: Image.Image, size: tuple[int, int] | None, turn: bool) -> Image.Image:
+    """An opened picture, turned, in RGB.  Raises ValueError, Pillow's."""
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} x {image.height} are more than {MOST_PIXELS:,} pixels")
     if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -705,10 +692,9 @@ def rgb(image: Image.Image, size: tuple[int, int] | None, turn: bool) -> np.ndar
     if size and image.size != size:
         raise ValueError(f"{image.width} x {image.height} pixels, but its labels were made on "
                          f"{size[0]} x {size[1]}; put the labelled picture in its place")
-    if image.mode.startswith("I"):                      # 16 bits
-        grey = np.clip(np.asarray(image), 0, 65535) // 257            # (H, W)
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, 2)      # (H, W, 3)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))       # (H, W, 3)
+    if image.mode.startswith("I"):                      # 16 bits, which `convert` would cut off
+        image = Image.fromarray((np.clip(image, 0, 65535) // 257).astype(np.uint8))     # (H, W)
+    return image.convert("RGB")
 
 
 def picture_of(found: People, row: int) -> Tensor:
@@ -776,9 +762,9 @@ class Pictures(Dataset):
         the pose (24, 3) in the rotations' place.  What is not labelled is 0 and masked."""
         found, (centers, sides), row = self.sets[draw.k], self.windows[draw.k], draw.row
         part, S = (x[row, J24_TO_19] for x in (found.part, found.S))  # (19, 3), (19, 4)
-        image, points = cut_person(
-            picture_of(found, row), part[:, :2], part[:, 2], centers[row], float(sides[row]),
-            self.size, draw.shift, draw.zoom, "zeros" if self.crop == "spin" else "border")
+        image, points = crop_person(picture_of(found, row), part[:, :2], part[:, 2], self.size,
+                                    draw.shift, draw.zoom, self.crop,
+                                    (centers[row], float(sides[row])))
         return Batch(image=image, keypoints2d=points, visible=part[:, 2], keypoints3d=S[:, :3],
                      rotmats=found.pose[row].view(24, 3), betas=found.betas[row], has_3d=S[:, 3],
                      has_smpl=found.has_smpl[row].float(), cam=torch.zeros(3))
@@ -810,20 +796,20 @@ def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
     loader = DataLoader(pictures, batch_sampler=draws, collate_fn=collate, num_workers=workers,
                         generator=torch.Generator(), worker_init_fn=leave_ctrl_c_to_main,
                         pin_memory=device.type == "cuda")
-    named = [{} for _ in pictures.sets]         # of each data set the rows that are left out: why
+    left_out = [{} for _ in pictures.sets]      # of each data set: row: why
     try:
         for batch, rows, broken in loader:
-            for k in {k for k, _, _ in broken}:
-                found, left_out = pictures.sets[k], named[k]
-                new = {row: why for j, row, why in broken if j == k and row not in left_out}
-                left_out |= new
-                if len(left_out) > 0.01 * len(found.image):
-                    raise ValueError(f"{found.name}: the pictures of {len(left_out)} of its "
+            new = {(k, row): why for k, row, why in broken if row not in left_out[k]}
+            for (k, row), why in new.items():
+                left_out[k][row] = why
+            for found, of in zip(pictures.sets, left_out):
+                if len(of) > 0.01 * len(found.image):
+                    raise ValueError(f"{found.name}: the pictures of {len(of)} of its "
                                      f"{len(found.image):,} people cannot be used, more than 1 %, "
-                                     f"the first {[*left_out.values()][0]} (the folder after the @ "
-                                     f"is the one that the annotations' paths start from)")
-                for why in new.values():
-                    say(printable(f"{found.name}: left out, {why}"))
+                                     f"the first {[*of.values()][0]} (the folder after the @ is "
+                                     f"the one that the annotations' paths start from)")
+            for (k, _), why in new.items():
+                say(printable(f"{pictures.sets[k].name}: left out, {why}"))
             if batch is not None:
                 # from pinned memory the copies run beside the GPU's work
                 batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
@@ -922,9 +908,9 @@ def print_people(sets: list[People], share: np.ndarray) -> None:
     say(f"{'data set':42s}{'people':>9s}{'with 2D':>9s}{'with 3D':>9s}{'with SMPL':>10s}"
         f"{'of a batch':>11s}  left out")
     for found, part in zip(sets, share):
-        n = {kind: int(who.sum()) for kind, who in which_labels(found).items()}
-        say(printable(f"{found.name:42s}{len(found.image):9,}{n['2D']:9,}{n['3D']:9,}"
-                      f"{n['SMPL']:10,}{part:11.0%}  {reasons(found.skipped)}"))
+        of_2d, of_3d, of_smpl = which_labels(found).sum(1).tolist()
+        say(printable(f"{found.name:42s}{len(found.image):9,}{of_2d:9,}{of_3d:9,}{of_smpl:10,}"
+                      f"{part:11.0%}  {reasons(found.skipped)}"))
 
 
 # --------------------------------------------------------------------------------------------
@@ -1026,14 +1012,16 @@ def measure(network: Network, found: People, options: argparse.Namespace) -> tup
         raise ValueError(f"--data {found.name}: nobody has all of {protocol.joints}")
     true, joints, pve = (every[key][known] for key in ("true", "joints", "pve"))  # (n, ..)
     action, last = actions(image[known.numpy()]), (joints[:, -1], true, pve[:, -1])
+    per_action = {one: summary(*(x[action == one] for x in last)) for one in sorted({*action})}
     result = {"data": found.name, "joints": protocol.joints, "frames": len(true),
               "truth": "measured joints S" if protocol.from_S else protocol.body,
               "skin": f"{len(model.smpl.v_template):,} vertices, the same root; truth: "
                       f"{protocol.body}", "frames_of_skin": int(pve[:, 0].isfinite().sum()),
               "per_iteration": [summary(joints[:, t], true, pve[:, t])
                                 for t in range(pve.shape[1])],
-              "per_action": {one: summary(*(x[action == one] for x in last))
-                             for one in sorted({*action})}}
+              "per_action": per_action, "mean_of_actions": {
+                  key: statistics.mean(row[key] for row in per_action.values())
+                  for key in ("mpjpe", "pa_mpjpe", "frames")} if per_action else None}
     pose = Rotation.from_matrix(every["rotmats"].flatten(0, 1).double()).as_rotvec()
     return result, {"data": np.full(len(image), found.name), "imgname": image,
                     "row": every["row"].numpy(), "pose": pose.reshape(-1, 24, 3),
@@ -1092,27 +1080,25 @@ def evaluate(network: Network, options: argparse.Namespace) -> list[dict]:
 
 def print_measures(result: dict) -> None:
     columns, bins = result["per_iteration"], "thresholds 0, 5 .. 150 mm, strictly below"
-    skin = (f"{result['skin']}; mean over {result['frames_of_skin']:,} frames"
-            if result["frames_of_skin"] else "no SMPL labels")
+    skin = f"{result['skin']}; mean over {result['frames_of_skin']:,} frames"
     say(" " * 16 + "".join(f"  iteration {t + 1}" for t in range(len(columns))) + "  protocol")
     for key, title, protocol in (
             ("mpjpe", "MPJPE mm", f"{result['joints']}; truth: {result['truth']}; mean over "
                                   f"{result['frames']:,} frames"),
             ("pa_mpjpe", "PA-MPJPE mm", "each frame moved, turned, scaled onto the truth"),
-            ("pve", "PVE mm", skin), ("pck", "PCK@150 %", "joints as of MPJPE, below 150 mm"),
-            ("auc", "AUC %", bins), ("pa_pck", "PA-PCK@150 %", "joints as of PA-MPJPE"),
-            ("pa_auc", "PA-AUC %", bins)):
+            ("pve", "PVE mm", skin if result["frames_of_skin"] else "no SMPL labels"),
+            ("pck", "PCK@150 %", "joints as of MPJPE, below 150 mm"), ("auc", "AUC %", bins),
+            ("pa_pck", "PA-PCK@150 %", "joints as of PA-MPJPE"), ("pa_auc", "PA-AUC %", bins)):
         say(f"{title:16s}" + "".join(f"{'-':>13s}" if row[key] is None else f"{row[key]:13.1f}"
                                      for row in columns) + f"  {protocol}")
     if "3dhp" in result["data"].lower():
         say("SPIN's published numbers for 3DHP are over 17 joints, with pelvis, spine and jaw: "
             "another protocol")
-    if rows := dict(result["per_action"]):
-        rows["mean of actions"] = {key: sum(row[key] for row in rows.values()) / len(rows)
-                                   for key in ("mpjpe", "pa_mpjpe", "frames")}
+    if result["per_action"]:
         say(f"{'last iteration':16s}{'MPJPE mm':>13s}{'PA-MPJPE mm':>13s}{'frames':>13s}")
-    for title, row in rows.items():
-        say(f"{title:16s}{row['mpjpe']:13.1f}{row['pa_mpjpe']:13.1f}{row['frames']:13,.0f}")
+        for title, row in (*result["per_action"].items(), ("mean of actions",
+                                                           result["mean_of_actions"])):
+            say(f"{title:16s}{row['mpjpe']:13.1f}{row['pa_mpjpe']:13.1f}{row['frames']:13,.0f}")
 
 
 # ============================================================================================

@@ -49,11 +49,9 @@ def write_pictures(folder: Path, names, height=480, width=640) -> None:
     """A ramp: red grows with x, green with y, so that a pixel's colour says where it was."""
     y, x = np.mgrid[:height, :width]
     ramp = np.stack([255 * x // width, 255 * y // height, 0 * x], 2).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(ramp).save(file, "JPEG", quality=95)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(file.getvalue())
+        Image.fromarray(ramp).save(folder / name, "JPEG", quality=95)
 
 
 def spin_arrays(N=4, **changes) -> dict:
@@ -74,6 +72,7 @@ def spin_arrays(N=4, **changes) -> dict:
 
 SMALL = 48, 64
 ONLY_2D = dict(S=None, pose=None, shape=None, has_smpl=None)
+NO_SMPL = dict(pose=None, shape=None, has_smpl=None, gender=None)
 
 
 def spin(folder: Path, name="h36m_train.npz", pictures=True, size=(480, 640), **changes) -> str:
@@ -136,8 +135,6 @@ def test_the_maps_between_joint_orders_are_the_published_numbers(capsys):
     assert datasets.H36M_TO_14 == [6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]
     assert datasets.COCO_TO_19 == [16, 14, 12, 11, 13, 15, 10, 8, 6, 5, 7, 9, -1, -1, 0, 1, 2, 3, 4]
     assert datasets.J24_PELVIS == 14
-    slots = [J24[name] for name in COCO_NAMES]
-    assert slots == [19, 20, 21, 22, 23, 9, 8, 10, 7, 11, 6, 3, 2, 4, 1, 5, 0], "COCO to SPIN's"
     assert datasets.main(["orders"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1 + 13].split() == ["13", "head_top", "head_top", "head_top", "left_knee",
@@ -157,7 +154,6 @@ def test_a_window_shows_what_lies_there(size, zoom):
         # half a pixel of the picture and of the crop
         close(seen, where, 0.5 + side / size / 2, f"{at}: something else is seen")
     as_bytes = datasets.cut_window((255 * image).round().to(torch.uint8), center, side, size)
-    assert as_bytes.dtype == torch.uint8
     # rounded when read, when resized and at the end
     close(as_bytes.float() / 255, crop, 1.6 / 255, "bytes and numbers must be cut alike")
 
@@ -172,21 +168,17 @@ def test_box_keypoints_and_spins_points_show_a_person_equally_large(tmp_path, bo
     whole, nothing, h36m = np.zeros((3, 256, 24, 3))
     whole[:, datasets.J24_TO_19] = np.dstack([points, np.ones((256, 19))])
     h36m[:, :13], h36m[:, 18] = whole[:, :13], whole[:, 13]
-    by_points, by_box, by_part = (datasets.make_people(
-        "a", tmp_path, names, part=part, box=box, pose=np.zeros((256, 72)))
-        for part in (whole, nothing, h36m))
+    people = [datasets.make_people("a", tmp_path, names, part=part, box=box,
+                                   pose=np.zeros((256, 72))) for part in (whole, nothing, h36m)]
     for crop in data.CROPS:
         (center, side), (center_b, side_b), (center_p, side_p) = (
-            datasets.windows(found, crop) for found in (by_points, by_box, by_part))
+            datasets.windows(found, crop) for found in people)
         close(center, center_b, 1e-3, "both are the box's middle")
         close((side_b / side).median(), 1.0, 0.05, f"{crop}: the median person's size")
         close((side_p / side_b).median(), 1.0, 0.05, f"{crop}: cropped without the head?")
         # 0.8 pixels of 224: face and ears reach beyond the 14 points of some
         close(((center_p - center) / side[:, None]).abs().mean(0), [0, 0], 0.8 / 224, "the middle")
-        _, single = datasets.person_window(batch.keypoints2d[0] * 100, batch.visible[0], crop)
-        close(224 / side[0], 224 / single, 1e-4 * 224 / single, "one person or many")
-    side = datasets.windows(by_points, "spin")[1]
-    close(side, by_points.box[:, 2], 0, "SPIN sees the box itself")
+    close(datasets.windows(people[0], "spin")[1], box[:, 2], 1e-4, "SPIN sees the box itself")
 
 
 def test_spins_crop_is_black_outside_and_its_box_itself(tmp_path):
@@ -220,16 +212,13 @@ def turned(path: Path) -> Path:
 def test_pictures_of_every_kind_become_rgb_bytes(tmp_path):
     red, grey = [200, 100, 50], np.full((20, 30), 200, np.uint8)
     clear = np.full((20, 30, 4), (*red, 60), np.uint8)
-    for path, rgb in ((picture(tmp_path / "plain.jpg", quality=100), red),
-                      (picture(tmp_path / "cmyk.jpg", mode="CMYK", quality=100), red),
+    for path, rgb in ((picture(tmp_path / "cmyk.jpg", mode="CMYK", quality=100), red),
                       (picture(tmp_path / "grey.jpg", grey, "L"), [200] * 3),
                       (picture(tmp_path / "16bit.png", 257 * grey.astype(np.uint16)), [200] * 3),
                       (picture(tmp_path / "rgba.png", clear, "RGBA"), red),
                       (picture(tmp_path / "palette.png", mode="P"), red),
-                      (picture(tmp_path / "a.bmp"), red), (picture(tmp_path / "a.tif"), red),
-                      (turned(tmp_path / "turned.jpg"), red)):
+                      (picture(tmp_path / "a.tif"), red), (turned(tmp_path / "turned.jpg"), red)):
         image = read_picture(path)
-        assert image.dtype == torch.uint8
         assert image.shape == (3, 20, 30), f"{path.name}: as stored, not turned by a tag"
         # the palette of the web's 216 colours is 51 apart
         close(image[:, 5, 5].float(), torch.tensor(rgb).float(), 26 if "pal" in path.name else 3,
@@ -247,29 +236,25 @@ def test_the_labels_size_decides_whether_a_picture_is_turned(tmp_path, body):
 
 
 def test_a_picture_that_cannot_be_read_says_why(tmp_path):
-    write_pictures(tmp_path, ["whole.jpg"])
-    content = (tmp_path / "whole.jpg").read_bytes()
     frames = [Image.new("L", (9, 9), n) for n in (0, 99, 200)]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
     Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
     os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "cut.jpg").write_bytes(content[:len(content) // 2])
-    (tmp_path / "page.jpg").write_bytes(b"<html>log in</html>")
-    for name, why in (("cut.jpg", "no whole"), ("page.jpg", "no whole"),
+    (tmp_path / "cut.jpg").write_bytes(picture(tmp_path / "whole.jpg").read_bytes()[:-99])
+    for name, why in (("cut.jpg", "no whole"), ("gone.jpg", "no such file"),
                       ("moves.gif", "an animation of 3 pictures; name a JPEG or PNG"),
                       ("huge.png", "12000 x 12000 are more than 100,000,000 pixels"),
-                      ("gone.jpg", "no such file"), ("pipe.jpg", "no plain file")):
+                      ("pipe.jpg", "no plain file")):
         with refused(f"{name}: {why}"):
             read_picture(tmp_path / name)
     # flipped bits: torchvision's decoder ended the process
-    content = bytearray(picture(tmp_path / "a.png", np.random.default_rng(0).integers(
-        0, 255, (40, 40, 3), np.uint8)).read_bytes())
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
+    content = picture(tmp_path / "a.png", noise).read_bytes()
     for place in range(8, len(content), 11):
-        content[place] ^= 1 << place % 8
-        (tmp_path / "flipped.png").write_bytes(content)
-        content[place] ^= 1 << place % 8
+        flipped = content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1:]
+        (tmp_path / "flipped.png").write_bytes(flipped)
         try:
-            assert read_picture(tmp_path / "flipped.png").dtype == torch.uint8
+            read_picture(tmp_path / "flipped.png")
         except ValueError as error:
             assert "flipped.png: " in str(error)
 
@@ -288,14 +273,11 @@ def test_spins_file_is_read_by_name_whatever_it_lacks(tmp_path):
     assert found.has_smpl.all() and found.gender.tolist() == [1, 2] * 2
     close(found.pose[0, 0], np.pi, 1e-6, "the root is in the camera's frame")
     close(found.betas[0, 9], 0.9, 1e-6, "shape is betas")
-    only_3d = read_people(spin(tmp_path, part=None, pose=None, shape=None, gender=None))
+    only_3d = read_people(spin(tmp_path, part=None, **NO_SMPL))
     assert not (only_3d.part.any() or only_3d.has_smpl.any() or only_3d.gender.any())
-    coco_train = read_people(spin(tmp_path, **ONLY_2D))
-    assert not coco_train.S.any() and not coco_train.has_smpl.any()
     pw3d_test = read_people(spin(tmp_path, part=None, S=None, has_smpl=None))
     assert pw3d_test.has_smpl.all(), "without has_smpl whoever has a pose has SMPL labels"
-    mpi_inf_train = read_people(spin(tmp_path, pose=-np.ones((4, 72)),
-                                     shape=-np.ones((4, 10)), has_smpl=np.array([0, 0, 1, 0])))
+    mpi_inf_train = read_people(spin(tmp_path, pose=-np.ones((4, 72)), has_smpl=np.eye(4)[2]))
     assert mpi_inf_train.has_smpl.tolist() == [False, False, True, False]
     assert not mpi_inf_train.pose[0].any(), "-1 is no label and must not be kept"
 
@@ -310,14 +292,13 @@ def test_spins_files_keep_their_sources_conventions(tmp_path, capsys):
         assert (found.S[0, J24["head_top"], 3] > 0) == ("3dhp" in name), "slot 18 is its head top"
     assert "not used, as SPIN's lack them: keypoints_2d" in capsys.readouterr().out
     arrays = spin_arrays(imgname=np.array(["images/\u00e9.jpg".encode()] * 4))
-    arrays["part"][0, J24["nose"], 2], arrays["part"][1, J24["nose"], 2] = 0.19, 0.2
+    arrays["part"][:2, J24["nose"], 2] = 0.19, 0.2
     for written, known in ((["M", "Female", "neutral", ""], [1, 2, 0, 0]),
                            ([0, 1, -1, 1], [1, 2, 0, 2])):
         found = read_people(spin(tmp_path, **arrays | {"gender": np.array(written)}))
         assert found.gender.tolist() == known
         assert os.fsdecode(found.image[0]) == "images/\u00e9.jpg"
-    seen = [bool(at(found, n, "nose")[2]) for n in range(2)]
-    assert seen == [False, True], "a confidence below 0.2: no label"
+    assert found.part[:2, J24["nose"], 2].tolist() == [0, 1], "a confidence below 0.2: no label"
     assert "confidence below 0.2 are not labelled" in capsys.readouterr().out
 
 
@@ -340,16 +321,15 @@ def test_what_is_not_finite_is_no_label_and_who_has_none_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("changes,sentence", [
-    (dict(imgname=None), "lacks imgname"),
+    (dict(imgname=None), "lacks imgname"), (dict(shape=None), "lacks shape"),
     (dict(part=np.zeros((3, 24, 3))), "part is float64 (3, 24, 3), expected numbers (4, 24,"),
     (dict(center=np.array(["a"] * 4)), "center is"),
     (dict(pose=np.array([{}] * 4, object)), "not a whole .npz of plain arrays"),
-    (dict(shape=None), "lacks shape"), (dict(scale=None), "lacks scale"),
     (dict(part=np.zeros((4, 24, 3)), **ONLY_2D), "4 without any label"),
     (dict(part=np.full((4, 24, 3), 3.0)), "a visibility of 3; expected 0, 1 or 2"),
     (dict(S=1000 * spin_arrays()["S"]), "expected S in metres; is it in millimetres?"),
-    (dict(imgname=np.array(["a/../../b.jpg"] * 4)), "'a/../../b.jpg' lies outside the folder"),
-    (dict(imgname=np.array(["/etc/b.jpg"] * 4)), "'/etc/b.jpg' lies outside the folder"),
+    *((dict(imgname=np.array([path] * 4)), f"{path!r} lies outside the folder") for path in (
+        "a/../../b.jpg", "..", "/etc/b.jpg", "C:b.jpg")),
     (dict(scale=np.full(4, 240.0)), ".jpg: 640 x 480 pixels, and a box of 48,000 pixels in it"),
     (dict(pictures=False), ".jpg: no such file")])
 def test_a_wrong_spin_file_says_so(tmp_path, body, changes, sentence):
@@ -357,21 +337,16 @@ def test_a_wrong_spin_file_says_so(tmp_path, body, changes, sentence):
         world(body, spin(tmp_path, **changes))
 
 
-def test_a_cut_or_huge_npz_says_so(tmp_path, monkeypatch):
-    text, path = spin(tmp_path, pictures=False), tmp_path / "h36m_train.npz"
-    path.write_bytes(path.read_bytes()[:2000])
-    with refused("h36m_train.npz: not a whole .npz"):
-        read_people(text)
-    np.savez_compressed(path, imgname=np.array(["a"]), part=np.zeros(2 ** 22, np.int8))
-    monkeypatch.setattr(datasets, "MOST_BYTES", 2 ** 21)
-    with refused("h36m_train.npz: ", "more than 1 GiB"):
-        read_people(text)
+def test_a_huge_npz_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MOST_BYTES", 2 ** 12)
+    with refused("h36m_train.npz: not a whole .npz", "more than 1 GiB"):
+        read_people(spin(tmp_path, pictures=False))
 
 
 def test_coco_is_read_by_name_and_filtered_as_the_official_converter_does(tmp_path):
     hidden = dict.fromkeys(COCO_NAMES[:12], 1)                        # 5 of visibility 2 are left
     no_box = annotation(segmentation=[])
-    x, y, w, h = no_box.pop("bbox")
+    box = no_box.pop("bbox")
     kept = [annotation(2), annotation(left_wrist=1), annotation(nose=0), no_box,
             *(annotation(segmentation=mask) for mask in ([[0, 0, 61, 0]], [[]], [0, 0, 61, 0]))]
     left_out = [annotation(iscrowd=1, segmentation=dict(counts=[1], size=[1, 1])),
@@ -392,8 +367,7 @@ def test_coco_is_read_by_name_and_filtered_as_the_official_converter_does(tmp_pa
         ("with fewer than 6 points of visibility 2, which alone counts in COCO's converter (in a "
          "file of 0 and 1 write 2 for 1)", 1),
         ("without keypoints (person_keypoints_*.json has them)", 1)]
-    close(datasets.coco_person(no_box, {"1": COCO_NAMES})[1], [x, y, w, h], 1e-9, "the points' box")
-    assert not (found.S.any() or found.pose.any() or found.has_smpl.any())
+    close(datasets.coco_person(no_box, {"1": COCO_NAMES})[1], box, 1e-9, "the points' box")
 
 
 def test_a_persons_points_go_by_the_categories_names(tmp_path):
@@ -413,8 +387,6 @@ def test_a_persons_points_go_by_the_categories_names(tmp_path):
 @pytest.mark.parametrize("content,sentence", [
     ("{", "not JSON"), ("[]", "AttributeError"), ("{}", "KeyError"),
     ('{"images": [], "annotations": []}', "nobody"),
-    ('{"images": [{"id": 1, "file_name": "../a.jpg"}], "annotations": ' + json.dumps(
-        [annotation()]) + "}", "lies outside the folder"),
     (json.dumps({"images": [{"id": 1, "file_name": "a"}], "annotations": [annotation(
         keypoints=[3, 4, 2, 9, 0, 0.02] * 8 + [1, 1, 2])]}), "of 0.02; expected 0, 1 or 2; are")])
 def test_a_wrong_coco_file_says_so(tmp_path, content, sentence):
@@ -463,7 +435,6 @@ def test_a_wrong_mat_file_says_so(tmp_path, monkeypatch):
             read_people(text)
     scipy.io.savemat(path, {"joints": np.zeros((3, 14, 40_000))}, do_compression=True)
     monkeypatch.setattr(datasets, "MOST_BYTES", 2 ** 23)              # 8 MiB; it holds 13
-    assert path.stat().st_size < 2 ** 16
     with refused("(3, 14, 40000); expected", "at most 1 GiB"):
         read_people(text)
 
@@ -494,15 +465,12 @@ def test_amass_is_brought_to_ten_frames_a_second_and_smpls_joints(tmp_path, body
     people = world(body, spin(tmp_path / "a"), mocap=str(tmp_path / "CMU"))
     assert "body.npz is not SMPL's mesh: the betas" in capsys.readouterr().out
     rotmats, betas = people.motion(64, 5)
-    assert rotmats.shape == (64, 23, 3, 3) and betas.shape == (64, 10)
     angle = Rotation.from_matrix(rotmats[:, 2].numpy()).as_rotvec()[:, :1]        # spine1, no side
     apart = np.abs(angle - frames[:, 3, 0].numpy()).min(1).max()
     assert apart < 1e-5, f"a pose that was not recorded, {apart:.2g} radians off"
     close(betas, (torch.arange(10) / 10).expand(64, 10), 1e-6, "and its betas")
     assert same(list(people.motion(64, 5)), [rotmats, betas]), "the step decides"
     assert not torch.equal(people.motion(64, 6)[0], rotmats)
-    _, betas = world(body, spin(tmp_path / "b")).motion(64, 5)
-    assert betas.std() > 0.8, "without --mocap: the open clips, N(0, 1)"
 
 
 def test_hands_that_amass_leaves_still_wander(tmp_path):
@@ -513,13 +481,12 @@ def test_hands_that_amass_leaves_still_wander(tmp_path):
     degrees = torch.rad2deg(frames[:, 22:])                           # (20000, 2, 3)
     # 20,000 frames of a wave of some 5 frames: the mean is known to 0.15 degrees
     close(degrees.mean(0), torch.tensor([[0, 0, -10.0], [0, 0, 10]]), 0.6, "closed by 10 degrees")
-    close(degrees.std(0), torch.tensor([[3, 3, 10.0], [3, 3, 10]]), 0.5, "assets/README.md's")
     apart = np.corrcoef(degrees[:, 0, 2], degrees[:, 1, 2])[0, 1]
     assert abs(apart) < 0.1, "both hands move alike"
     assert torch.equal(frames, datasets.read_amass(tmp_path)[0]), "drawn by a fixed seed"
     short = np.stack([np.rad2deg(datasets.wandering_hand(2, [n])) for n in range(2000)])
     # 2000 clips of 2 frames: a standard deviation is known to 2 in 100
-    close(short.std(0), np.tile([3.0, 3, 10], (2, 1)), 0.7, "as much in a short clip")
+    close(short.std(0), np.tile([3.0, 3, 10], (2, 1)), 0.7, "assets/README.md's, in a short clip")
     amass_file(tmp_path / "a_poses.npz", poses=poses[:1].reshape(1, 156))
     frames, _ = datasets.read_amass(tmp_path)
     close(frames[0, 22], [0.1, 0.2, 0.3], 1e-6, "a single real hand stays")
@@ -591,8 +558,7 @@ def test_a_batch_holds_labels_that_fit_its_pictures(tmp_path, body):
     """Colours say where a pixel was cut from: whatever jitter and flip did, labels did as well."""
     B = 16
     batch = world(body, spin(tmp_path), batch=B, size=224).batch(0)
-    assert batch.image.shape == (B, 3, 224, 224)
-    assert 0 <= batch.image.min() <= batch.image.max() <= 1
+    assert batch.image.shape == (B, 3, 224, 224) and 0.5 < batch.image.max() <= 1
     mirrored = batch.image[:, 0, 112, -1] < batch.image[:, 0, 112, 0]             # red falls
     expected = torch.tensor(spin_arrays()["S"][0, J24["left_knee"], :3]).float()
     for n in range(B):
@@ -615,17 +581,16 @@ def test_a_batch_holds_labels_that_fit_its_pictures(tmp_path, body):
 @pytest.mark.parametrize("crop", data.CROPS)
 def test_the_jitter_is_the_official_one(tmp_path, body, crop):
     (diagonal, move, least, most), text = data.CROPS[crop], spin(tmp_path, size=SMALL)
-    points = 112 * world(body, text, size=32, crop=crop).batch(0).keypoints2d     # (8, 19, 2)
-    low, high = points.amin(1), points.amax(1)
-    zoom = (high - low).norm(dim=-1) / diagonal
-    shift = (low + high) / 2 / zoom[:, None]
-    assert least <= zoom.min() < zoom.max() <= most + 1e-4
-    assert 0 < shift.abs().amax() <= move + 1e-3
-    draws = next(datasets.training_draws([4], np.ones(1), 512, crop, seed=0, rank=0, step=1))
-    shift, zoom = torch.tensor([draw.shift for draw in draws]), [draw.zoom for draw in draws]
-    assert least <= min(zoom) < least + 0.1 * (most - least)
-    assert most - 0.1 * (most - least) < max(zoom) <= most
+    draws = next(datasets.training_draws([4], np.ones(1), 512, crop, seed=0, rank=0, step=0))
+    shift = torch.tensor([draw.shift for draw in draws])              # (512, 2)
+    zoom = torch.tensor([draw.zoom for draw in draws])                # (512,)
+    close(zoom.aminmax(), (least, most), 0.1 * (most - least), "from the least to the most zoom")
     assert 0.9 * move < shift.abs().amax() <= move and shift.mean(0).abs().max() < 0.2 * move
+    points = 112 * world(body, text, size=32, crop=crop, batch=512).batch(0).keypoints2d
+    low, high = points.amin(1), points.amax(1)                        # (512, 2) each
+    close((high - low).norm(dim=-1) / diagonal, zoom, 1e-3, "the crop has the draw's zoom")
+    moved = (low + high) / 2 / zoom[:, None]                          # (512, 2)
+    close(moved.abs(), shift.abs(), 0.05, "and its shift, in x to either side (the flip)")
     # half of 512, to within 4 standard deviations of 11
     assert abs(sum(draw.flip for draw in draws) - 256) < 45, "the official flip: half the time"
 
@@ -638,13 +603,11 @@ def test_half_a_batch_has_3d_and_each_half_is_by_size_or_mix_says(tmp_path, body
     neckless = (batch.visible[:, K["neck"]] == 0).sum()
     assert neckless == 10, "COCO has 1 of the 3 people without 3D: a third of a half"
     assert world(body, *texts, batch=60, mix=(0.0, 1.0, 3.0)).batch(0).has_smpl.sum() == 0
-    assert world(body, *texts, batch=60, paired=False).batch(0).has_3d.sum() == 0, "--no-paired"
-    out = capsys.readouterr().out
-    row = next(line for line in out.splitlines() if line.startswith("spin:h36m_train.npz"))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "spin:h36m" in line)
     assert row.split()[1:6] == ["6", "6", "6", "6", "50%"], f"people, with 2D, 3D, SMPL: {row}"
-    for mix, sentence in (((1.0,), "one weight"), ((1.0, -1.0, 1.0), "0 or more"),
-                          ((0.0, 0.0, 0.0), "not all 0"), ((1.0, float("nan"), 1.0), "0 or more")):
-        with refused(sentence):
+    assert world(body, *texts, batch=60, paired=False).batch(0).has_3d.sum() == 0, "--no-paired"
+    for mix in ((1.0,), (1.0, -1.0, 1.0), (0.0, 0.0, 0.0), (1.0, float("nan"), 1.0)):
+        with refused("one weight of 0 or more for each of the 3 --data, not all 0"):
             world(body, *texts, mix=mix)
 
 
@@ -682,16 +645,14 @@ def test_training_on_real_data_goes_on_bit_by_bit(tmp_path, capsys):
     assert datasets.main([*flags, "--steps", "1", "--workers", "0", "--out", runs["y"]]) == 0
     go_on = ["--resume", "--out", runs["y"], "--steps", "2", "--device", "cpu"]
     moved = spin(tmp_path / "c", size=SMALL), texts[1]                # the same, in another folder
-    for command, sentence in ((lambda: train.main(go_on), "trained on photographs (spin 4 people"),
-                              (lambda: datasets.main(["train", *go_on, "--data", texts[1]]),
-                               "go on by the command that began the run")):
-        assert command() == 2 and sentence in capsys.readouterr().err
+    assert train.main(go_on) == 2
+    assert "trained on photographs (spin 4 people" in capsys.readouterr().err
+    assert datasets.main(["train", *go_on, "--data", texts[1]]) == 2
+    assert "go on by the command that began the run" in capsys.readouterr().err
     assert datasets.main(["train", *go_on, "--data", *moved, "--workers", "1"]) == 0
     a, b = (weights_of(tmp_path / name) for name in runs)
     for key in ("model", "discriminator", "opt_E", "opt_D", "world", "step"):
         assert same(a[key], b[key]), f"{key}: other pictures after resuming, or by other workers"
-    metrics = json.loads((tmp_path / "x" / "metrics.json").read_text(encoding="utf-8"))
-    assert "mpjpe" not in metrics and metrics["images"] == 8
     assert (tmp_path / "x" / "picture.png").exists()
 
 
@@ -723,12 +684,10 @@ def test_what_a_step_learns_from_where_it_starts_and_how_it_is_measured(tmp_path
 
 @pytest.mark.parametrize("flags,sentence", [
     (["--data", "mpii:a@b"], "expected coco:ANNOTATIONS.json@IMAGES"),
-    (["--data", "spin:x"], "--data spin:x: expected"), (["--data", "coco:"], "expected coco"),
-    (["--data", "coco:x.json@y"], "x.json: no such file"),
+    (["--data", "spin:x"], "--data spin:x: expected"),
     (["--data", "spin:a:b@x.npz@y"], "a:b@x.npz: no such file"),
     (["--data", "lsp:x", "--eval", "x.pt"], "--eval: measure on photographs by"),
     (["--data", "lsp:x", "--workers", "-1"], "--workers -1: expected 0 to 64"),
-    (["--data", "lsp:x", "--workers", "65"], "--workers 65"),
     (["--data", "lsp:x", "--mean-params", "x", "--resume"], "--mean-params: --resume keeps"),
     (["--data", "lsp:x", "--size", "1"], "--size 1")])
 def test_wrong_options_end_in_one_sentence(tmp_path, flags, sentence, capsys):
@@ -783,9 +742,6 @@ def measured(model, capsys, folder: Path, text: str, joint_regressor="", smpl_ge
     return result | result["per_iteration"][0], capsys.readouterr().out
 
 
-NO_SMPL = dict(pose=None, shape=None, has_smpl=None, gender=None)
-
-
 def test_measures_by_s_on_a_known_error(tmp_path, body, capsys):
     """H3.6M's files: S, no SMPL, no 2D.  One knee 132 mm off; a picture that cannot be read."""
     N = 130                                                           # three batches of 64
@@ -795,17 +751,15 @@ def test_measures_by_s_on_a_known_error(tmp_path, body, capsys):
     S[:, :13] = np.concatenate([keypoints[:, :13] + 5, np.ones((N, 13, 1))], 2)
     text = spin(tmp_path, "h36m_valid_protocol1.npz", N=N, S=S, part=None, size=SMALL, **NO_SMPL)
     (tmp_path / "root" / "images" / "069.jpg").unlink()
-    keep = torch.arange(N) != 69
+    keep, shift = torch.arange(N) != 69, torch.zeros(19, 3)
+    shift[K["left_knee"], 0] = 0.132
 
     def row_of(error, **options):
         return measured(Answers(body, rotmats[keep], betas[keep], error), capsys, tmp_path, text,
                         **options)
 
     def knee(points):
-        moved = points.clone()
-        if points.shape[1] == 19:
-            moved[:, K["left_knee"], 0] += 0.132
-        return moved
+        return points + shift if points.shape[1] == 19 else points
     row, out = row_of(knee, result_file=tmp_path / "all.npz")
     close(row["mpjpe"], 132 / 13, 1e-3, "13 joints: no head's top, wherever S has its root")
     close(row["pck"], 100.0, 1e-6, "132 < 150")
@@ -816,12 +770,12 @@ def test_measures_by_s_on_a_known_error(tmp_path, body, capsys):
         assert words in out
     with np.load(tmp_path / "all.npz") as file:
         assert file["imgname"][69] == b"images/070.jpg" and file["row"].tolist()[69] == 70
-        close(torch.from_numpy(file["betas"]), betas[keep], 1e-6, "betas")
-        close(torch.from_numpy(file["pose"]).flatten(1), pose[keep], 1e-5, "axis-angle, root first")
-        assert file["camera"].shape == (129, 3) and file["joints_mm"].shape == (129, 13, 3)
-        knees = file["joints_mm"][:, K["left_knee"]] - 1000 * (
-            keypoints[:, K["left_knee"]] - keypoints[:, 2:4].mean(1))[keep]
-        close(torch.from_numpy(knees).mean(0), [132, 0, 0], 1e-2, "mm, from the root")
+        assert file["camera"].shape == (129, 3)
+        close(file["betas"], betas[keep], 1e-6, "betas")
+        close(file["pose"].reshape(129, 72), pose[keep], 1e-5, "axis-angle, root first")
+        error = file["joints_mm"] - 1000 * (keypoints - keypoints[:, 2:4].mean(1, keepdims=True)
+                                            )[keep, :13]
+        close(error.mean(0), 1000 * shift[:13], 1e-2, "mm, from the root")
     with refused("all.npz: expected the name of a new file"):
         row_of(knee, result_file=tmp_path / "all.npz")
     row, _ = row_of(lambda points: 1.1 * points[..., [1, 2, 0]])
@@ -835,7 +789,7 @@ def test_measures_by_s_on_a_known_error(tmp_path, body, capsys):
 
 def test_measures_with_the_joint_regressor_and_by_action(tmp_path, body, capsys):
     """14 joints of 17 by name, root at the regressor's pelvis, which is not the hips' middle."""
-    N = 5
+    N = 6
     rotmats, betas, _ = poses(body, N)
     regressor = torch.softmax(8 * torch.randn(17, len(body.v_template)), 1).numpy()
     np.save(tmp_path / "J_regressor_h36m.npy", regressor.astype(np.float64))
@@ -846,8 +800,8 @@ def test_measures_with_the_joint_regressor_and_by_action(tmp_path, body, capsys)
         S[:, slot] = np.concatenate([joints[:, n] - joints[:, 0], np.ones((N, 1))], 1)
     S[3, J24["head_h36m"], 3] = 0                                     # its head is not known
     names = [f"S9_{action}.54138969_{n:06d}.jpg" for n, action in enumerate(
-        ["Directions", "Directions_1", "Walking", "Walking", "Walking"])]
-    write_pictures(tmp_path / "root", names)
+        ["Directions", "Directions_1", *["Walking"] * 4])]
+    write_pictures(tmp_path / "root", names, *SMALL)
 
     def run(name):
         text = spin(tmp_path, name, N=N, S=S, **NO_SMPL | {"imgname": np.array(names)})
@@ -856,15 +810,14 @@ def test_measures_with_the_joint_regressor_and_by_action(tmp_path, body, capsys)
     row, out = run("mpi_inf_3dhp_valid.npz")
     close(row["mpjpe"], 0.0, 1e-2, "the truth through the same regressor")
     assert "14 joints by J_regressor_h36m.npy, root its pelvis" in out
-    assert "mean over 4 frames" in out, "who lacks a joint is not measured"
     assert "over 17 joints" in out, "SPIN's 3DHP is another protocol"
     S[:2, J24["head_h36m"], 1] += 0.14
     row, out = run("h36m_valid_protocol2.npz")
-    close(row["mpjpe"], 5.0, 1e-2, "two of four heads 140 mm off, of 14 joints")
-    assert {action: one["frames"] for action, one in row["per_action"].items()} == {
-        "Directions": 2, "Walking": 2}, "trials of an action go together"
+    assert "mean over 5 frames" in out, "who lacks a joint is not measured"
+    close(row["mpjpe"], 4, 1e-2, "two of five heads 140 mm off, of 14 joints")
     close([row["per_action"][action]["mpjpe"] for action in ("Directions", "Walking")], [10, 0],
-          1e-2, "each action's own mean")
+          1e-2, "each action's own mean, of all its trials")
+    close(row["mean_of_actions"]["mpjpe"], 5, 1e-2, "the actions' mean is not the frames'")
     assert "mean of actions" in out and "17 joints" not in out
 
 
@@ -882,7 +835,7 @@ def test_measures_by_bodies_of_their_gender(tmp_path, body, capsys):
     common = dict(N=6, S=None, part=None, pose=pose, shape=betas.numpy(), has_smpl=None)
     text = spin(tmp_path, "3dpw_test.npz", gender=np.array([*"mfmfm", "?"]), **common)
     row, out = measured(Answers(body, rotmats, betas), capsys, tmp_path, text)
-    close(torch.tensor([row["mpjpe"], row["pve"]]), [0.0, 0.0], 1e-2, "one neutral body for all")
+    close([row["mpjpe"], row["pve"]], [0, 0], 1e-2, "one neutral body for all")
     assert "body.npz for all" in out and "LSP's 14 joints, both bodies' own" in out
     row, out = measured(Answers(body, rotmats, betas), capsys, tmp_path, text,
                         smpl_genders=tuple(files))
