@@ -95,11 +95,10 @@ def point_windows(points: Tensor, visible: Tensor, crop: str) -> tuple[Tensor, T
     """Where people are cut out: points (N, 19 or 24, 2) pixels, visible (N, 19 or 24) -> middles
     (N, 2) and sides (N,) of squares, NaN for less than 2 points or 5 pixels.
 
-    Where an ankle is visible, the diagonal of the visible points' box becomes 150 pixels of 224;
-    where none is (the person is cut off), the mean shoulder-to-hip distance 75; without that the
-    box 50.  (COCO's converter.  MPII's takes head top to hip, 75, else shoulder to hip, 56, else
-    leaves the person out.)  crop: of data.CROPS, another than the official one scales all three
-    alike; or "spin": 1.2 times the box's longer side.
+    By COCO's official converter: where an ankle is visible, the diagonal of the visible points' box
+    becomes 150 pixels of 224; where none is (the person is cut off), the mean shoulder-to-hip
+    distance 75; without that the box 50.  crop: of data.CROPS, another than the official one scales
+    all three alike; or "spin": 1.2 times the box's longer side.
     """
     seen = visible > 0                                                # (N, P)
     low = torch.where(seen[..., None], points, math.inf).amin(1)      # (N, 2)
@@ -697,17 +696,6 @@ def decoded(image: Image.Image, size: tuple[int, int] | None, turn: bool) -> Ima
     return image.convert("RGB")
 
 
-def picture_of(found: People, row: int) -> Tensor:
-    """A person's picture (3, H, W), bytes.  Raises FileNotFoundError, ValueError."""
-    path, size = found.folder / os.fsdecode(found.image[row]), tuple(found.size[row].tolist())
-    image = read_picture(path, size if all(size) else None)           # (3, H, W)
-    if found.box[row, 2] > 10 * max(image.shape):
-        raise ValueError(f"{path}: {image.shape[2]} x {image.shape[1]} pixels, and a box of "
-                         f"{found.box[row, 2]:,.0f} pixels in it; is scale in pixels? SPIN's is "
-                         f"the box's side / 200")
-    return image
-
-
 class Draw(NamedTuple):
     """One person of a batch, and how the crop is jittered."""
     k: int                                # number of the data set
@@ -761,10 +749,15 @@ class Pictures(Dataset):
         """One person, jittered, not flipped: a Batch without its first axis, its image of bytes,
         the pose (24, 3) in the rotations' place.  What is not labelled is 0 and masked."""
         found, (centers, sides), row = self.sets[draw.k], self.windows[draw.k], draw.row
+        path, size = found.folder / os.fsdecode(found.image[row]), tuple(found.size[row].tolist())
+        image = read_picture(path, size if all(size) else None)       # (3, H, W)
+        if found.box[row, 2] > 10 * max(image.shape):
+            raise ValueError(f"{path}: {image.shape[2]} x {image.shape[1]} pixels, and a box of "
+                             f"{found.box[row, 2]:,.0f} pixels in it; is scale in pixels? SPIN's "
+                             f"is the box's side / 200")
         part, S = (x[row, J24_TO_19] for x in (found.part, found.S))  # (19, 3), (19, 4)
-        image, points = crop_person(picture_of(found, row), part[:, :2], part[:, 2], self.size,
-                                    draw.shift, draw.zoom, self.crop,
-                                    (centers[row], float(sides[row])))
+        image, points = crop_person(image, part[:, :2], part[:, 2], self.size, draw.shift,
+                                    draw.zoom, self.crop, (centers[row], float(sides[row])))
         return Batch(image=image, keypoints2d=points, visible=part[:, 2], keypoints3d=S[:, :3],
                      rotmats=found.pose[row].view(24, 3), betas=found.betas[row], has_3d=S[:, 3],
                      has_smpl=found.has_smpl[row].float(), cam=torch.zeros(3))
@@ -1047,10 +1040,9 @@ def actions(image: np.ndarray) -> np.ndarray:
 
 
 def evaluate(network: Network, options: argparse.Namespace) -> list[dict]:
-    """Measure on each data set, print a line a measure with its protocol, write metrics.json.
+    """Measure on each data set in float32, print a line a measure, write metrics.json.
 
-    options: checkpoint, data, joint_regressor, smpl_genders, workers, out and result_file of the
-    command line.  In float32.  Raises ValueError, FileNotFoundError.
+    options: those of the command line.  Raises ValueError, FileNotFoundError.
     """
     network.model.eval().amp = None
     metrics = {"checkpoint": str(options.checkpoint), "of": list(options.data),
@@ -1121,21 +1113,17 @@ def command_line() -> argparse.ArgumentParser:
     add("--mix", nargs="+", type=float, default=(), metavar="WEIGHT",
         help="weights of --data, one each (default: half 2D, half 3D, each by size)")
     add("--mocap", default="", metavar="DIR", help="AMASS folder for D (default: the open clips)")
-    add("--mean-params", type=Path, metavar="FILE",
-        help="HMR's neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz: where the "
-        "regressor starts (default: the body file's mean pose)")
+    add("--mean-params", type=Path, metavar="FILE", help="start of the regressor: HMR's "
+        "neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz (default: the body's own pose)")
     add = two.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a run's checkpoint.pt, or SPIN's weights")
     add("--smpl", default="", metavar="FILE", help="body file (default: the run's)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device [auto]")
-    add("--joint-regressor", default="", metavar="FILE", help="J_regressor_h36m.npy, for the "
-        "field's 14 joints")
+    add("--joint-regressor", default="", metavar="FILE", help="J_regressor_h36m.npy: 14 joints")
     add("--smpl-genders", nargs=2, default=(), metavar=("MALE", "FEMALE"),
         help="body files of the two sexes, where the data tell them apart")
-    add("--out", type=Path, default=Path("out/measure"), metavar="DIR",
-        help="folder of metrics.json [out/measure]")
-    add("--result-file", type=Path, metavar="FILE.npz",
-        help="file for every person's pose, betas, camera, and joints in mm")
+    add("--out", type=Path, default=Path("out/measure"), metavar="DIR", help="folder [out/measure]")
+    add("--result-file", type=Path, metavar="FILE.npz", help="file of every person's prediction")
     return parser
 
 
