@@ -463,7 +463,8 @@ def run(args: argparse.Namespace) -> None:
     wanted = {args.photo.stem + f"_{person.number}" * (len(people) > 1): person
               for person in people if person and args.person in (None, person.number)}
     if not wanted:
-        raise ValueError(f"--person {args.person}: {args.photo} has {len(people)}, or left out")
+        raise ValueError(f"--person {args.person}: left out, or not one of the {len(people)} in "
+                         f"{args.photo}; name another")
     for stem in wanted:
         require_free(args.out, stem, sha256)
     if args.fit:

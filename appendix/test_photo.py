@@ -360,7 +360,7 @@ def test_every_person_has_files_of_its_own(tmp_path, one, body, network_of, refu
     network_of(behind, nan)
     refused([*run, tmp_path / "none"], "one.png: no body found")
     for n in (2, 4):
-        refused([*run, tmp_path, "--person", n], f"--person {n}", "has 3")
+        refused([*run, tmp_path, "--person", n], f"--person {n}", "of the 3 in")
 
 
 def test_bad_options_end_in_a_sentence_and_nothing_is_overwritten(tmp_path, one, body, network_of,
