@@ -31,7 +31,6 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.transforms.v2 import functional as vision
 
 import data
 import train
@@ -77,19 +76,8 @@ def window_of(person: Person, crop: str = "official") -> Window:
         return Window(middle, float(wh.max()) if crop == "spin" else
                       224 / data.CROPS[crop][0] * float(wh.norm()) / BOX)
     middle, side = person_window(person.keypoints, person.visible, crop)          # (2,)
-    if crop == "spin":
-        middle = person.keypoints[person.visible > 0].mean(0)         # (2,)
-    return Window(middle, side)
-
-
-def to_photo(points: Tensor, window: Window) -> Tensor:
-    """2D points (.., 2) in [-1, 1] of the crop -> the photo's pixels."""
-    return window.center + window.side / 2 * points                   # (.., 2)
-
-
-def to_crop(points: Tensor, window: Window) -> Tensor:
-    """Undo `to_photo`."""
-    return (points - window.center) * 2 / window.side                 # (.., 2)
+    mean = person.keypoints[person.visible > 0].mean(0)               # (2,)
+    return Window(mean if crop == "spin" else middle, side)
 
 
 def camera_of_photo(cam: Tensor, window: Window) -> Tensor:
@@ -104,9 +92,8 @@ def camera_of_photo(cam: Tensor, window: Window) -> Tensor:
 def perspective(cam: Tensor, size: float) -> tuple[float, Tensor]:
     """The pinhole camera nearest to a weak-perspective one -> f in pixels, translation (3,).
 
-    cam (3,) of a square of `size` pixels, whose middle is the principal point.  A pinhole sees a
-    point at f (X + tx) / (Z + tz) pixels from it, the loss's camera at s (X + tx) size / 2: equal
-    if |Z| << tz = 2 f / (size s).  f is the official renderer's, 500 pixels for a crop of 224.
+    cam (3,) of a square of `size` pixels about the principal point.  f (X + tx) / (Z + tz) pixels
+    are the loss's s (X + tx) size / 2 if |Z| << tz = 2 f / (size s).  f is the official renderer's.
     """
     f = 500 * size / 224
     return f, torch.cat([cam[1:], 2 * f / (size * cam[:1])])          # (3,)
@@ -124,30 +111,28 @@ def fit(model: HMR, D: Discriminator, target: Tensor, visible: Tensor, weight_ad
         headings: int = 8, steps: int = 300) -> tuple[Tensor, dict[str, Tensor]]:
     """min over Theta of 60 L_reproj + weight_adv L_adv, from several headings, all at once.
 
-    target (19, 2) in [-1, 1] of the crop, visible (19,).  Eq. (1) without 3D and without encoder, D
-    held fixed.  Theta is in 6D, since an axis-angle has seams; it starts from the body's mean pose,
-    turned about the vertical and moved onto the keypoints' box.  -> Thetas (B, 157), best first;
-    loss, L_kp, L_adv and the heading at the start in degrees, (B,) each.
+    target (19, 2) in [-1, 1] of the crop, visible (19,).  D is held fixed.  Theta is in 6D, since
+    an axis-angle has seams; it starts from the mean pose, turned about the vertical, in the points'
+    box.  -> Thetas (B, 157), best first; loss, L_kp, L_adv, heading at the start in degrees, (B,).
     """
-    visible, weight_kp = (visible > 0).float(), train.Config.weight_kp
+    seen = visible > 0                                                # (19,)
     theta = mean_theta(model.smpl.mean_pose, "6d").repeat(headings, 1)            # (B, 157)
     angle = torch.arange(headings, device=theta.device) * 2 * math.pi / headings  # (B,)
     turn = batch_rodrigues(angle[:, None] * theta.new_tensor([0, 1, 0]))          # (B, 3, 3)
     root = batch_rodrigues(theta.new_tensor([math.pi, 0, 0])) @ turn  # (B, 3, 3) heading, upright
     theta[:, POSE][:, :6] = root[..., :2].flatten(1)                  # interleaved 6D
-    points = model.decode(theta).keypoints3d[..., :2]                 # (B, 19, 2)
-    (low, high), (there_low, there_high) = (
-        (x.amin(-2), x.amax(-2)) for x in (points[:, visible > 0], target[visible > 0]))
+    low, high = model.decode(theta).keypoints3d[:, seen, :2].aminmax(dim=1)       # (B, 2) each
+    there_low, there_high = target[seen].aminmax(dim=0)               # (2,) each
     scale = (there_high - there_low).norm() / (high - low).norm(dim=-1)           # (B,)
     shift = (there_low + there_high) / 2 / scale[:, None] - (low + high) / 2      # (B, 2)
     theta[:, CAM] = torch.cat([scale[:, None], shift], 1)
 
     def losses() -> tuple[Tensor, Tensor, Tensor]:                    # (B,) each
         out = model.decode(theta)
-        error = (out.keypoints2d - target).abs().sum(-1) * visible    # (B, 19)
-        L_kp = error.sum(1) / (2 * visible.sum())                     # Eq. (3) of one picture
+        error = (out.keypoints2d - target).abs().sum(-1) * seen       # (B, 19)
+        L_kp = error.sum(1) / (2 * seen.sum())                        # Eq. (3) of one picture
         L_adv = (D(out.rotmats[:, 1:], out.betas) - 1).square().sum(1)            # Eq. (7)
-        return weight_kp * L_kp + weight_adv * L_adv, L_kp, L_adv
+        return train.Config.weight_kp * L_kp + weight_adv * L_adv, L_kp, L_adv    # Eq. (1)
 
     cycle = train.Config(schedule="onecycle", steps=steps)
     optimizer = torch.optim.Adam([theta.requires_grad_()], lr=0.03)   # our choice
@@ -155,11 +140,10 @@ def fit(model: HMR, D: Discriminator, target: Tensor, visible: Tensor, weight_ad
         train.set_rate(optimizer, 0.03 * train.lr_factor(step, cycle))
         theta.grad, = torch.autograd.grad(losses()[0].sum(), theta)   # the B bodies are independent
         optimizer.step()
-    with torch.no_grad():
-        loss, L_kp, L_adv = losses()
-    best, numbers = loss.argsort(), {"loss": loss, "L_kp": L_kp, "L_adv": L_adv,
-                                     "heading": angle.rad2deg()}
-    return theta.detach()[best], {key: x[best] for key, x in numbers.items()}     # (B, 157)
+    loss, L_kp, L_adv = (x.detach() for x in losses())                # (B,) each
+    found = {"loss": loss, "L_kp": L_kp, "L_adv": L_adv, "heading": angle.rad2deg()}
+    best = loss.argsort()                                             # (B,)
+    return theta.detach()[best], {key: x[best] for key, x in found.items()}       # (B, 157)
 
 
 def spoil(rotmats: Tensor, betas: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -179,8 +163,8 @@ def spoil(rotmats: Tensor, betas: Tensor, rng: torch.Generator) -> tuple[Tensor,
 def train_discriminators(smpl: SMPL, steps: int = 1000, N: int = 96) -> Discriminator:
     """The paper's 25 discriminators, trained anew for `fit`, on all training clips.
 
-    Our choice: the fakes are not an encoder's but `spoil`'s.  Discriminators of a checkpoint know
-    one encoder's mistakes; under them Theta finds poses that no encoder made, where D is wrong.
+    Our choice: the fakes are `spoil`'s.  Under a checkpoint's discriminators, which know one
+    encoder's mistakes, Theta finds poses that no encoder made, where D is wrong.
     """
     world = data.SyntheticPeople(smpl, data.load_mocap(False, False), 2, 2, seed=18)
     cycle = train.Config(schedule="onecycle", steps=steps)
@@ -229,9 +213,7 @@ def load_detector(device: str) -> nn.Module:
     network.load_state_dict(train.downloaded(
         detection.KeypointRCNN_ResNet50_FPN_Weights.COCO_V1, "--fit",
         "or name the people's keypoints by --keypoints FILE.json"))
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 0.0                    # as torchvision has it with these weights
+    network.apply(lambda module: setattr(module, "eps", 0.0))   # batch norm's, as torchvision does
     return network.eval().to(device)
 
 
@@ -243,81 +225,51 @@ def detect(network: nn.Module, image: Tensor, name: str) -> dict:
     rows = torch.cat([found["keypoints"][..., :2], labels[..., None]], 2)         # (n, 17, 3)
     low, high = found["boxes"].split(2, 1)                            # (n, 2) each
     rows = torch.cat([low, high - low, rows.flatten(1)], 1).double().round(decimals=1)  # (n, 55)
-    annotations = [{"id": n, "image_id": 1, "category_id": 1, "iscrowd": 0, "score": score,
-                    "bbox": row[:4], "keypoints": row[4:]} for n, (score, row) in enumerate(
-                        zip(found["scores"].tolist(), rows.tolist()), 1) if score >= SURE]
-    return {"images": [{"id": 1, "file_name": name, "width": image.shape[2],
-                        "height": image.shape[1]}], "annotations": annotations,
-            "categories": [{"id": 1, "name": "person", "keypoints": COCO_NAMES}]}
+    people = [{"id": n, "image_id": 1, "category_id": 1, "iscrowd": 0, "score": score,
+               "bbox": row[:4], "keypoints": row[4:]}
+              for n, (score, row) in enumerate(zip(found["scores"].tolist(), rows.tolist()), 1)
+              if score >= SURE]
+    H, W = image.shape[1:]
+    return {"images": [{"id": 1, "file_name": name, "width": W, "height": H}],
+            "categories": [{"id": 1, "name": "person", "keypoints": COCO_NAMES}],
+            "annotations": people}
 
 
 # OpenPose's neck is the shoulders' middle, LSP's is higher: it has a name of its own.
 OPENPOSE = ("nose neck_openpose right_shoulder right_elbow right_wrist left_shoulder left_elbow "
             "left_wrist mid_hip right_hip right_knee right_ankle left_hip left_knee left_ankle "
             "right_eye left_eye right_ear left_ear" + 6 * " foot").split()
-# The order of rows x, y, visible that have no names, by their number.
+KEYPOINT_FILES = ("COCO's person keypoints or results, OpenPose's output, or 17 (COCO's order) or "
+                  "19 rows of three numbers x, y, visible")
+# The order of rows that have no names, by their number.
 ORDERS = {17: COCO_NAMES, 19: KEYPOINT_NAMES, 25: OPENPOSE,
           18: [name for name in OPENPOSE[:19] if name != "mid_hip"]}
 
 
 def annotations_of(content, photo: Path) -> tuple[list, dict, tuple[int, int] | None]:
     """What a keypoint file says of one photo -> COCO's annotations, their points' names as of
-    `person_points`, and the size of the labelled picture, if it is said.
-
-    Raises ValueError for a photo that is not in the file, any other error for an unknown layout.
-    """
-    if isinstance(content, list) and content and isinstance(content[0], dict):    # COCO results
+    `person_points`, and the size of the labelled picture, if it is said."""
+    if isinstance(content, list) and isinstance(content[0], dict):    # COCO results
         ids = {str(row["image_id"]) for row in content}
-        ids = ids if len(ids) == 1 else {re.sub(r"^.*?0*(?=\d*$)", "", photo.stem)}
-        return [row for row in content if str(row["image_id"]) in ids], person_points({}), None
+        wanted = ids if len(ids) == 1 else {re.search(r"0*(\d*)$", photo.stem)[1]}
+        return [row for row in content if str(row["image_id"]) in wanted], person_points({}), None
     if isinstance(content, list) or "people" in content:              # rows, or OpenPose's output
         people = [content] if isinstance(content, list) else [
             one.get("pose_keypoints_2d") or one["pose_keypoints"] for one in content["people"]]
-        points = [np.array(one, object).ravel() + 0.0 for one in people]
-        for flat in points if isinstance(content, dict) else ():
-            flat[2::3] = np.minimum(flat[2::3], 1)      # some confidences exceed 1 a little
-        names = {"1": ORDERS[len(points[0]) / 3]} if points else {}
-        return [{"keypoints": flat.tolist()} for flat in points], names, None
+        most = np.inf if isinstance(content, list) else 1       # confidences exceed 1 a little
+        points = [np.minimum(np.array(one, float).reshape(-1, 3), [np.inf, np.inf, most]).tolist()
+                  for one in people]
+        names = {"1": ORDERS[len(points[0])]} if points else {}
+        return [{"keypoints": rows} for rows in points], names, None
     here = photo.absolute().parts[::-1]
     same = [len(os.path.commonprefix([PurePosixPath(image["file_name"]).parts[::-1], here]))
             for image in content["images"]]             # how many last parts of the paths
     images = [image for image, n in zip(content["images"], same) if n == max(same) > 0]
     if len(images) != 1:
-        raise ValueError(f"{len(images)} of its images are called {photo.name}; expected one")
+        raise ValueError(f"{len(images)} of its images are called {photo.name}")
     size = images[0].get("width"), images[0].get("height")
     return ([row for row in content["annotations"] if row["image_id"] == images[0]["id"]],
             person_points(content), size if all(size) else None)
-
-
-def people_of(path: Path, photo: Path) -> tuple[Tensor, list[Person], int]:
-    """The photo (3, H, W) in [0, 1], its people by a keypoint file, and their number.
-
-    They are numbered in the file's order, without crowds and animals.  Who has fewer than 6
-    labelled points (Sec. 4), is smaller than 5 pixels or outside the photo is named and left out.
-    Raises FileNotFoundError, ValueError.
-    """
-    expected = ("COCO's person keypoints or results, OpenPose's output, or 17 (COCO's order) or 19 "
-                "rows of three numbers x, y, visible")
-    content = read_json(path, expected)
-    try:
-        rows, names, size = annotations_of(content, photo)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        why = error if type(error) is ValueError else f"another layout; expected {expected}"
-        raise ValueError(f"{path}: {why}") from None
-    image = read_picture(photo, size, turn=True).float() / 255        # (3, H, W)
-    people, number = [], 1
-    for row in rows:
-        try:
-            people.append(person_of(number, coco_person(row, names)[0], image))
-        except ValueError as error:
-            if error.args == (NOBODY,):
-                continue
-            say(printable(f"person {number} is left out: {', '.join(error.args)}"))
-        number += 1
-    if not people:
-        raise ValueError(f"{path}: nobody of {photo.name} with 6 labelled points who is 5 pixels "
-                         f"large and inside the photo; name another file")
-    return image, people, number - 1
 
 
 def person_of(number: int, rows: np.ndarray, image: Tensor) -> Person:
@@ -334,41 +286,66 @@ def person_of(number: int, rows: np.ndarray, image: Tensor) -> Person:
     return Person(number, points, visible, None)
 
 
-def parse_box(text: str, W: int, H: int) -> Tensor:
-    """x,y,w,h -> (4,).  Raises ValueError."""
+def people_of(path: Path, photo: Path) -> tuple[Tensor, list[Person | None]]:
+    """The photo (3, H, W) in [0, 1], and its people by a keypoint file, in the file's order.
+
+    Crowds and animals do not count.  Who has fewer than 6 labelled points (Sec. 4), is smaller
+    than 5 pixels or outside the photo is named, and None.  Raises FileNotFoundError, ValueError.
+    """
+    content, people = read_json(path, KEYPOINT_FILES), []
+    try:
+        rows, names, size = annotations_of(content, photo)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: not understood ({error!s:.99}); expected "
+                         f"{KEYPOINT_FILES}") from None
+    image = read_picture(photo, size, turn=True).float() / 255        # (3, H, W)
+    for row in rows:
+        try:
+            people.append(person_of(len(people) + 1, coco_person(row, names)[0], image))
+        except ValueError as error:
+            if error.args != (NOBODY,):
+                people.append(None)
+                say(printable(f"person {len(people)} is left out: {', '.join(error.args)}"))
+    if not any(people):
+        raise ValueError(f"{path}: nobody of {photo.name} with 6 labelled points who is 5 pixels "
+                         f"large and inside the photo; name another file")
+    return image, people
+
+
+def person_in_box(text: str, W: int, H: int) -> Person:
+    """--bbox x,y,w,h -> the person of a photo of W x H pixels.  Raises ValueError."""
     with contextlib.suppress(ValueError):
         x, y, w, h = box = [float(number) for number in text.split(",")]
         if min(w, h) > 0 and 5 <= math.hypot(w, h) < math.inf and -w < x < W and -h < y < H:
-            return torch.tensor(box)                                  # (4,)
+            return Person(1, torch.zeros(19, 2), torch.zeros(19), torch.tensor(box))
     raise ValueError(f"--bbox {text.strip()}: expected four numbers x,y,w,h, a box of at least 5 "
                      f"pixels, not outside the photo of {W} x {H} pixels")
 
 
-def find_people(args: argparse.Namespace, sha256: str) -> tuple[Tensor, list[Person], int]:
+def find_people(args: argparse.Namespace, sha256: str) -> tuple[Tensor, list[Person | None]]:
     """`people_of` --keypoints, or of what the detector finds or has found; or a box."""
-    path = args.keypoints or args.out / f"{args.photo.stem}_keypoints.json"
-    if args.fit and not args.keypoints:
+    path = args.keypoints
+    if args.fit and not path:
+        path = args.out / f"{args.photo.stem}_keypoints.json"
         require_free(args.out, path.stem, sha256)
-    if args.keypoints or args.fit and path.exists():
+    if path and (args.keypoints or path.exists()):
         say(f"people of {printable(path)}")
         return people_of(path, args.photo)
     image = read_picture(args.photo, turn=True).float() / 255         # (3, H, W)
-    if args.fit:
+    if path:
         device = train.settle(train.Config(device=args.device)).device
         found = detect(load_detector(device), image.to(device), args.photo.name)
-        found["photo_sha256"] = sha256
-        scores = [f"{row['score']:.3f}" for row in found["annotations"]]
+        scores = ", ".join(f"{person['score']:.3f}" for person in found["annotations"])
         if not scores:
             raise ValueError(f"{args.photo}: the detector finds no people of a score of {SURE} or "
                              f"more; name their keypoints by --keypoints FILE.json")
-        say(f"found by torchvision's Keypoint R-CNN: {len(scores)}, scores {', '.join(scores)}")
-        write_atomically(path, json.dumps(found, indent=1, allow_nan=False).encode())
+        say(f"found by torchvision's Keypoint R-CNN: people of scores {scores}")
+        write_atomically(path, json.dumps(found | {"photo_sha256": sha256}, indent=1).encode())
         return people_of(path, args.photo)
     if not args.bbox:
         say("no --bbox and no --keypoints: the whole photo is taken for one person")
     H, W = image.shape[1:]
-    box = parse_box(args.bbox or f"0,0,{W},{H}", W, H)                # (4,)
-    return image, [Person(1, torch.zeros(19, 2), torch.zeros(19), box)], 1
+    return image, [person_in_box(args.bbox or f"0,0,{W},{H}", W, H)]
 
 
 # ============================================================================================
@@ -381,21 +358,22 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
     body: of one person, drawn by the loss's own camera.  White circles are the given keypoints, red
     discs the body's.  A photo of over 1,024 pixels is shrunk.
     """
-    factor = min(1, 1024 / max(image.shape[1:]))
-    h, w = (max(1, round(factor * length)) for length in image.shape[1:])
-    L, seen, radius = max(h, w), person.visible > 0, max(2.0, h / 150)            # seen (19,)
-    canvas, whole = torch.ones(3, L, L), Window(torch.full((2,), L / factor / 2), L / factor)
-    canvas[:, :h, :w] = vision.resize(image, [h, w], antialias=True)
+    side = max(image.shape[1:])
+    L = min(side, 1024)
+    h, w = (max(1, round(length * L / side)) for length in image.shape[1:])
+    canvas = cut_window(image, torch.full((2,), side / 2), side, L)   # (3, L, L)
     S, t = camera_of_photo(body.cam, window).split([1, 2], 1)         # (1, 1), (1, 2)
-    s = 2 * S / whole.side                                            # (1, 1)
-    overlay = data.draw_mesh(body.vertices, faces, torch.cat([s, t - 1 / s], 1), L, canvas[None])[0]
-    given = to_crop(person.keypoints[seen], whole), (1.0, 1, 1), 1.6 * radius, False
-    canvas, overlay = draw_points(canvas, *given), draw_points(overlay, *given)
-    points = to_photo(body.keypoints2d[0, seen], window)              # (n, 2)
-    overlay = draw_points(overlay, to_crop(points, whole), radius=radius)
-    side = data.side_view(body.vertices)                              # (1, V, 3)
-    turned = torch.cat([side, data.side_view(side)])                  # (2, V, 3)
-    low, high = turned.amin(1)[:, :2], turned.amax(1)[:, :2]          # (2, 2) each
+    s = S * 2 / side                                                  # (1, 1)
+    cam = torch.cat([s, t - 1 / s], 1)                                # (1, 3) of the canvas
+    overlay = data.draw_mesh(body.vertices, faces, cam, L, canvas[None])[0]       # (3, L, L)
+    seen, radius = person.visible > 0, max(2.0, h / 150)              # (19,)
+    given = person.keypoints[seen] * 2 / side - 1                     # (n, 2)
+    canvas, overlay = (draw_points(x, given, (1.0, 1, 1), 1.6 * radius, False)
+                       for x in (canvas, overlay))
+    overlay = draw_points(overlay, project(body.keypoints3d, cam)[0, seen], radius=radius)
+    turned = data.side_view(body.vertices)                            # (1, V, 3)
+    turned = torch.cat([turned, data.side_view(turned)])              # (2, V, 3)
+    low, high = turned[..., :2].aminmax(dim=1)                        # (2, 2) each
     s = (1.8 / (high - low).max()).expand(2, 1)                       # both fill most of h x h
     views = data.draw_mesh(turned, faces, torch.cat([s, -(low + high) / 2], 1), h)  # (2, 3, h, h)
     return torch.cat([canvas[:, :h, :w], overlay[:, :h, :w], *views], 2)
@@ -404,48 +382,34 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
 def describe(body: HMROutput, window: Window, size: int) -> dict:
     """One body in numbers.  Camera frame (x right, y down, z away), metres; pixel i of the photo
     covers [i, i + 1), the crop is [-1, 1] in both directions; cameras are s, tx, ty."""
-    f, translation = perspective(body.cam[0], size)
-    points = {"joints": body.joints, "keypoints": body.keypoints3d}   # (1, 24, 3), (1, 19, 3)
-    pose = Rotation.from_matrix(body.rotmats[0].double().numpy()).as_rotvec()     # (24, 3)
-    center, in_photo = window.center.tolist(), camera_of_photo(body.cam, window)  # (1, 3)
+    f, translation = perspective(body.cam[0], size)                   # (3,)
+    rotmats = body.rotmats[0].double().numpy()                        # (24, 3, 3)
+    joints2d, keypoints2d = (window.center + window.side / 2 * project(x, body.cam)[0]
+                             for x in (body.joints, body.keypoints3d))      # (24, 2), (19, 2)
     return {
-        "crop_pixels": size, "window": {"center": center, "side": window.side},
-        "camera": {"crop": body.cam[0].tolist(), "photo": in_photo[0].tolist()},
+        "crop_pixels": size, "window": window._asdict(),
+        "camera": {"crop": body.cam[0], "photo": camera_of_photo(body.cam, window)[0]},
         "perspective": {"f_crop": f, "f_photo": f * window.side / size,
-                        "principal_point_photo": center, "translation": translation.tolist()},
-        "pose": pose.tolist(), "betas": body.betas[0].tolist(),
-        **{f"{name}3d": x[0].tolist() for name, x in points.items()},
-        **{f"{name}2d_photo": to_photo(project(x, body.cam)[0], window).tolist()
-           for name, x in points.items()}}
-
-
-def network_of(args: argparse.Namespace) -> Network:
-    """What sees and decodes; with --fit what decodes, with discriminators."""
-    if args.checkpoint:
-        network = load_network(args.checkpoint, args.smpl, args.device)
-        if network.world.startswith(data.SyntheticPeople.name):
-            say("a network trained on drawn people is not expected to work on photographs")
-        return network
-    config = train.settle(train.Config(device=args.device, rotation="6d"))
-    smpl = SMPL(args.smpl).to(config.device)
-    model = HMR(smpl, depth=18, rotation="6d").to(config.device).eval()   # only `decode` is used
-    return Network(model, kept_discriminators(smpl), config, "official", "no pictures")
+                        "principal_point_photo": window.center, "translation": translation},
+        "pose": Rotation.from_matrix(rotmats).as_rotvec(), "betas": body.betas[0],
+        "joints3d": body.joints[0], "keypoints3d": body.keypoints3d[0],
+        "joints2d_photo": joints2d, "keypoints2d_photo": keypoints2d}
 
 
 def fit_and_print(network: Network, person: Person, window: Window,
-                  weight: float) -> tuple[Tensor, dict[str, float]]:
+                  weight: float) -> tuple[Tensor, dict[str, Tensor]]:
     """One person's best fit: Theta (1, 157) and its numbers.  The table shows all headings."""
-    target, visible = (x.to(network.config.device) for x in (         # (19, 2), (19,)
-        to_crop(person.keypoints, window), person.visible))
-    theta, found = fit(network.model, network.D, target, visible, weight)
-    recorded = train.recorded_rotations(train.Config(), theta.device)             # (2M, 23, 9)
+    device = network.config.device
+    target = ((person.keypoints - window.center) * 2 / window.side).to(device)    # (19, 2)
+    theta, found = fit(network.model, network.D, target, person.visible.to(device), weight)
+    recorded = train.recorded_rotations(train.Config(), device)   # (2M, 23, 9)
     odd = train.monstrosity(network.model.decode(theta), recorded)    # as in train.py's table
-    say(f"person {person.number} {f'+ {weight} L_adv':12s}{'60 L_reproj':>12s}{'L_adv':>8s}"
-        f"{'px an axis':>12s}{'outside %':>11s}{'mocap deg':>11s}   heading at the start")
+    say(f"person {person.number} + {weight} L_adv  60 L_reproj   L_adv  px an axis  outside %  "
+        f"mocap deg   heading at the start")
     for row in zip(60 * found["L_kp"], found["L_adv"], 112 * found["L_kp"],
                    odd["outside"].mean(1), odd["mocap"], found["heading"]):
-        say("{:33.3f}{:8.2f}{:12.2f}{:11.0f}{:11.0f}{:9.0f}".format(*(x.item() for x in row)))
-    return theta[:1], {key: x[0].item() for key, x in found.items()}
+        say("{:33.3f}{:8.2f}{:12.2f}{:11.0f}{:11.0f}{:9.0f}".format(*row))
+    return theta[:1], {key: x[0] for key, x in found.items()}
 
 
 def show(args: argparse.Namespace, network: Network, image: Tensor, person: Person,
@@ -468,15 +432,15 @@ def show(args: argparse.Namespace, network: Network, image: Tensor, person: Pers
     if not body.vertices.abs().max() < 1e6 or not 1e-3 < s < 1e6:     # NaN, too
         say(f"person {person.number} is left out: no body found (camera scale {s:.3g})")
         return False
-    drawn = [panels(image, body, faces, window, person) for body in bodies]
+    drawn = [panels(image, one, faces, window, person) for one in bodies]
     data.save_png(args.out / f"{stem}.png", drawn[0])
     if len(drawn) > 1:
         data.save_png(args.out / f"{stem}_fits.png", torch.cat(drawn, 1))
     # y up, as modelling programs expect: half a turn about x
     save_obj(args.out / f"{stem}.obj", body.vertices[0] * torch.tensor([1.0, -1, -1]), faces)
     numbers = numbers | {"body": model.smpl.name} | describe(body, window, size)
-    write_atomically(args.out / f"{stem}.json",
-                     json.dumps(numbers, indent=1, allow_nan=False).encode())
+    write_atomically(args.out / f"{stem}.json", json.dumps(
+        numbers, indent=1, allow_nan=False, default=lambda array: array.tolist()).encode())
     say(f"wrote {printable(args.out / stem)}.png, .obj, .json" + ", _fits.png" * (len(drawn) > 1))
     return True
 
@@ -484,29 +448,37 @@ def show(args: argparse.Namespace, network: Network, image: Tensor, person: Pers
 def require_free(out: Path, stem: str, sha256: str) -> None:
     """Raises ValueError if a result would take the place of anything but the same photo's."""
     there = [stem + end for end in (".json", ".png", ".obj") if (out / (stem + end)).exists()]
-    try:
-        same = there and read_json(out / f"{stem}.json", "numbers")["photo_sha256"] == sha256
-    except (OSError, ValueError, LookupError, TypeError):
-        same = False
-    if there and not same:
-        raise ValueError(f"--out {out}: {there[0]} there is not of this photo; name another folder")
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if not there or read_json(out / f"{stem}.json", "numbers")["photo_sha256"] == sha256:
+            return
+    raise ValueError(f"--out {out}: {there[0]} there is not of this photo; name another folder")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.fit and args.bbox:
-        raise ValueError("--fit: fits a body to 2D keypoints, and --bbox has none; leave it out, "
-                         "and the people are found, or name their points by --keypoints FILE.json")
+        raise ValueError("--bbox: --fit needs 2D keypoints; leave --bbox out, and the people are "
+                         "found, or name their points by --keypoints FILE.json")
     sha256 = hashlib.sha256(plain_file(args.photo, "a picture").read_bytes()).hexdigest()
-    image, people, number = find_people(args, sha256)
-    people = [person for person in people if args.person in (None, person.number)]
-    if not people:
-        raise ValueError(f"--person {args.person}: {args.photo} has {number}, or it is left out")
-    stems = [args.photo.stem + f"_{person.number}" * (number > 1) for person in people]
-    for stem in stems:
+    image, people = find_people(args, sha256)
+    wanted = {args.photo.stem + f"_{person.number}" * (len(people) > 1): person
+              for person in people if person and args.person in (None, person.number)}
+    if not wanted:
+        raise ValueError(f"--person {args.person}: left out, or not one of the {len(people)} in "
+                         f"{args.photo}; name another")
+    for stem in wanted:
         require_free(args.out, stem, sha256)
-    network, numbers = network_of(args), {
-        "photo": args.photo.name, "photo_sha256": sha256, "photo_pixels": image.shape[:0:-1]}
-    if not any([show(args, network, image, *one, numbers) for one in zip(people, stems)]):
+    if args.fit:
+        config = train.settle(train.Config(device=args.device, rotation="6d"))
+        smpl = SMPL(args.smpl).to(config.device)
+        model = HMR(smpl, depth=18, rotation="6d").to(config.device).eval()       # for `decode`
+        network = Network(model, kept_discriminators(smpl), config, "official", "no pictures")
+    else:
+        network = load_network(args.checkpoint, args.smpl, args.device)
+    if network.world.startswith(data.SyntheticPeople.name):
+        say("a network trained on drawn people is not expected to work on photographs")
+    numbers = {"photo": args.photo.name, "photo_sha256": sha256, "photo_pixels": image.shape[:0:-1]}
+    if not any([show(args, network, image, person, stem, numbers)
+                for stem, person in wanted.items()]):
         raise ValueError(f"{args.photo}: no body found; name the person by --bbox or --keypoints, "
                          f"or another --checkpoint")
 
@@ -516,17 +488,16 @@ def main(argv: list[str] | None = None) -> int:
                                      description="Put bodies over the people in a photo.")
     parser.add_argument("photo", type=Path, metavar="PHOTO", help="picture of people")
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--fit", action="store_true", help="fit of Theta to 2D keypoints, without an "
-                     "encoder; a detector finds them, unless --keypoints names them")
+    how.add_argument("--fit", action="store_true", help="fit of Theta to 2D keypoints, which a "
+                     "detector finds, unless --keypoints names them")
     how.add_argument("--checkpoint", metavar="FILE", help="a run's checkpoint.pt (`python train.py "
                      "--small` makes runs/small/checkpoint.pt), or SPIN's published weights")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--bbox", metavar="x,y,w,h", help="the person (default: the whole photo)")
-    where.add_argument("--keypoints", type=Path, metavar="FILE.json", help="COCO's annotations or "
-                       "results, OpenPose's output, or 17 (COCO's order) or 19 rows x, y, visible")
+    where.add_argument("--keypoints", type=Path, metavar="FILE.json", help=KEYPOINT_FILES)
     parser.add_argument("--person", type=int, metavar="N", help="number of the only person wanted")
-    parser.add_argument("--sheet", action="store_true", help="with --fit: a second fit without "
-                        "L_adv, and STEM_fits.png, which shows it below the first")
+    parser.add_argument("--sheet", action="store_true", help="with --fit: STEM_fits.png, which "
+                        "shows a second fit, without L_adv, below the first")
     parser.add_argument("--smpl", metavar="FILE", help="body file (default: the checkpoint's)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                         help="device [auto]")
