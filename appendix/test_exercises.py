@@ -17,12 +17,8 @@ import torch
 
 from appendix import datasets, exercises, gallery
 from appendix.exercises import TASKS
-from appendix.gallery import CHAPTERS, HERE, MISTAKES
+from appendix.gallery import CHAPTERS, HERE, MISTAKES, source
 from test_hmr import same_numbers_every_time  # noqa: F401 (a fixture)
-
-
-def source(file: str) -> str:
-    return (HERE / file).read_text(encoding="utf-8")
 
 
 def run(*words: str, cwd: Path = HERE) -> subprocess.CompletedProcess:
@@ -45,9 +41,8 @@ EDITS = gallery.edits()
 @pytest.mark.parametrize("edit", [e for _, e in EDITS], ids=[
     f"{m.number}{'abcdefghij'[m.edits.index(e)]}" for m, e in EDITS])
 def test_every_edit_applies_to_one_line_and_names_a_test(edit):
-    text = source(edit.file)
-    edited = gallery.apply(edit, text)                    # raises if the line has changed
-    assert edited != text and "\n" not in edit.old.rstrip("\n"), "an edit of one line"
+    edited = gallery.apply(edit)                          # raises if the line has changed
+    assert edited != source(edit.file) and "\n" not in edit.old.rstrip("\n"), "an edit of one line"
     ast.parse(edited)
     file, _, name = edit.test.rpartition("::")
     assert f"\ndef {name.partition('[')[0]}(" in source(file or "test_hmr.py"), f"no {edit.test}"
@@ -55,11 +50,10 @@ def test_every_edit_applies_to_one_line_and_names_a_test(edit):
 
 def test_the_table_is_complete():
     assert [m.number for m in MISTAKES] == list(range(1, len(MISTAKES) + 1))
-    assert len({(e.file, e.old, e.new) for _, e in EDITS}) == len(EDITS) > 140
-    for mistake in MISTAKES:
-        assert bool(mistake.edits) != bool(mistake.elsewhere), f"{mistake.number}: or why not"
+    assert len({(e.file, e.old, e.new) for _, e in EDITS}) == len(EDITS) > 100
+    assert [m.number for m in MISTAKES if not m.edits] == [35]
     with pytest.raises(ValueError, match="mend this edit"):
-        gallery.apply(EDITS[0][1], "another text")
+        gallery.apply(EDITS[0][1]._replace(old="another text"))
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: str(task.number))
