@@ -209,6 +209,8 @@ def write(folder: Path, tasks: tuple[Task, ...] = TASKS) -> None:
             (new / name).write_text(text, encoding="utf-8")
         figures(new / "figures")
         new.rename(folder)
+    print(f"wrote {folder}: {len(tasks)} tasks, {sum(t.points for t in tasks)} points; "
+          f"begin with TASKS.md")
 
 
 def figures(folder: Path) -> None:
@@ -299,7 +301,7 @@ def obstacle(folder: Path) -> str:
     return f"none of the four files but {others}" if others else "an empty folder"
 
 
-def grade_one(folder: Path, tasks: tuple[Task, ...], processes: int, seconds: float) -> list[Grade]:
+def grade_one(folder: Path, tasks: tuple[Task, ...], processes: int, seconds: int) -> list[Grade]:
     grades, jobs = {}, []
     for task in tasks:
         try:
@@ -341,10 +343,12 @@ def statistics(of_class: list[list[Grade]]) -> str:
     return "\n".join(lines)
 
 
-def grade(folders: list[Path], tasks: tuple[Task, ...], out: Path, processes: int,
-          seconds: float) -> bool:
+def grade(args: argparse.Namespace) -> bool:
     """Grade folders, print and write the results -> has everyone got all points?"""
-    paths, of_class = {folder: folder.resolve().parts for folder in folders}, []
+    if not (args.seconds > 0 and args.processes >= 0):
+        raise ValueError("--seconds, --processes: expected more than 0")
+    tasks, of_class = chosen(args.tasks), []
+    paths = {folder: folder.resolve().parts for folder in args.folders}
     distinct = set(paths.values())
     rows = [["student", *(f"{t.number} {t.title}" for t in tasks), "points", "remark"]]
     for folder, path in paths.items():
@@ -352,15 +356,15 @@ def grade(folders: list[Path], tasks: tuple[Task, ...], out: Path, processes: in
         n = next(n for n in itertools.count(1) if [p[-n:] for p in distinct].count(path[-n:]) == 1)
         name, remark = printable("_".join(path[-n:])), obstacle(folder)
         grades = [Grade(task, 0, "") for task in tasks] if remark else grade_one(
-            folder, tasks, processes, seconds)
+            folder, tasks, args.processes, args.seconds)
         report(name, grades, remark)
         of_class.append(grades)
         rows.append([name, *(g.points for g in grades), sum(g.points for g in grades), remark])
         text = io.StringIO()
         csv.writer(text).writerows(rows)
-        write_atomically(out / f"{name}.json", gradescope(grades).encode())
-        write_atomically(out / "class.csv", text.getvalue().encode())
-    print(f"{statistics(of_class)}\nwrote {out / 'class.csv'} and a .json for each folder")
+        write_atomically(args.out / f"{name}.json", gradescope(grades).encode())
+        write_atomically(args.out / "class.csv", text.getvalue().encode())
+    print(f"{statistics(of_class)}\nwrote {args.out / 'class.csv'} and a .json for each folder")
     return all(g.points == g.task.points for grades in of_class for g in grades)
 
 
@@ -396,45 +400,31 @@ def chosen(wanted: str) -> tuple[Task, ...]:
     return tuple(task for number, task in known.items() if not wanted or number in numbers)
 
 
-def run(args: argparse.Namespace) -> bool:
-    """The command -> has it found everything right?"""
-    torch.set_num_threads(1)              # no threads, so that the process may be forked
-    if args.command == "write":
-        tasks = chosen(args.tasks)
-        write(args.folder, tasks)
-        print(f"wrote {args.folder}: {len(tasks)} tasks, {sum(t.points for t in tasks)} points; "
-              f"begin with TASKS.md")
-    elif args.command == "grade":
-        if not (args.seconds > 0 and args.processes >= 0):
-            raise ValueError("--seconds, --processes: expected more than 0")
-        return grade(args.folders, chosen(args.tasks), args.out, args.processes, args.seconds)
-    elif args.command == "check":
-        check(args.processes)
-    else:
-        print(QUESTIONS)
-    return True
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Coursework cut from the chapters, and graded.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("write", help="folder that a student gets")
+    one.set_defaults(run=lambda args: write(args.folder, chosen(args.tasks)))
+    one.add_argument("folder", type=Path, metavar="DIR")
     two = commands.add_parser(
         "grade", help="points of students' folders (Linux)", description="A student's code has "
         "your rights: grade strangers' work in a container. The status is 1 if points are lost.")
-    three = commands.add_parser("check", help="fairness of each task: blank, and solved alone")
-    commands.add_parser("answers", help="model answers to the questions in words")
-    one.add_argument("folder", type=Path, metavar="DIR")
+    two.set_defaults(run=grade)
     two.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     two.add_argument("--seconds", type=int, default=60, help="processor time for a task [60]")
     two.add_argument("--out", type=Path, default=Path("out/grade"), metavar="DIR",
                      help="folder for class.csv and a .json for each student [out/grade]")
+    three = commands.add_parser("check", help="fairness of each task: blank, and solved alone")
+    three.set_defaults(run=lambda args: check(args.processes))
+    four = commands.add_parser("answers", help="model answers to the questions in words")
+    four.set_defaults(run=lambda args: print(QUESTIONS))
     for command in (two, three):
         command.add_argument("--processes", type=int, default=0, help="number of processes [cores]")
     for command in (one, two):
         command.add_argument("--tasks", default="", help="numbers such as 3,7 (default: all)")
     args, right = parser.parse_args(argv), []
-    return exit_status("exercises", lambda: right.append(run(args))) or int(right == [False])
+    torch.set_num_threads(1)              # no threads, so that the process may be forked
+    return exit_status("exercises", lambda: right.append(args.run(args))) or int(right == [False])
 
 
 if __name__ == "__main__":
