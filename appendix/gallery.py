@@ -20,7 +20,7 @@ import tempfile
 import time
 import types
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 from smpl import exit_status, printable
 
@@ -430,15 +430,6 @@ MISTAKES = (
 # --------------------------------------------------------------------------------------------
 # The command
 
-def edits(numbers: Iterable[int] = ()) -> list[tuple[Mistake, Edit]]:
-    """The table's edits, of these mistakes or of all.  Raises ValueError for another number."""
-    for number in numbers:
-        if not 0 < number <= len(MISTAKES):
-            raise ValueError(f"{number}: expected numbers of mistakes, 1 to {len(MISTAKES)}")
-    return [(mistake, edit) for mistake in MISTAKES if not numbers or mistake.number in numbers
-            for edit in mistake.edits]
-
-
 def apply(edit: Edit) -> str:
     """The edited file's text.  Raises ValueError if the line is not there, or not once."""
     text = source(edit.file)
@@ -450,17 +441,21 @@ def apply(edit: Edit) -> str:
 
 def gallery(numbers: list[int], processes: int) -> bool:
     """Apply each edit, run its test, print the table -> was every one caught?"""
-    begun, wanted, missed = time.monotonic(), edits(numbers), 0
-    tests = tuple(sorted({edit.test for _, edit in wanted}, key=lambda test: "::" in test))
+    if wrong := set(numbers) - {mistake.number for mistake in MISTAKES}:
+        raise ValueError(f"{min(wrong)}: expected numbers of mistakes, 1 to {len(MISTAKES)}")
+    begun, missed = time.monotonic(), 0
+    mistakes = [mistake for mistake in MISTAKES if not numbers or mistake.number in numbers]
+    wanted = [edit for mistake in mistakes for edit in mistake.edits]
+    tests = tuple(sorted({edit.test for edit in wanted}, key=lambda test: "::" in test))
     # a stale edit raises first; "as it is": what fails without any edit proves nothing
     jobs = [Job("as it is", {}, tests, seconds=600)] + [
-        Job(edit, {edit.file: apply(edit)}, (edit.test,)) for _, edit in wanted]
+        Job(edit, {edit.file: apply(edit)}, (edit.test,)) for edit in wanted]
     results = {job.key: result for job, result in run_apart(jobs, processes)}
     outcomes, ending = results["as it is"]
     failed = [f"{name}: {text}; " for name, text in outcomes.items() if text]
     if failed or ending or len(outcomes) < len(tests):
         raise ValueError(f"without any edit: {''.join(failed)}{ending or 'run pytest'}")
-    for mistake in (m for m in MISTAKES if not numbers or m.number in numbers):
+    for mistake in mistakes:
         print(f"{mistake.number:3d}. {mistake.what}" + f"  [{mistake.who}]" * bool(mistake.who))
         for edit in mistake.edits:
             outcomes, ending = results[edit]

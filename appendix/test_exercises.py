@@ -20,11 +20,6 @@ from appendix.gallery import CHAPTERS, HERE, MISTAKES, source
 from test_hmr import same_numbers_every_time  # noqa: F401 (a fixture)
 
 
-def run(*words: str, cwd: Path = HERE) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, text=True,
-                          capture_output=True)
-
-
 # ============================================================================================
 # The table of mistakes
 
@@ -34,14 +29,14 @@ def test_beyond_the_picture_its_edge_is_repeated():
     assert crop.min() > 0.99, f"black ({crop.min():.2f}) beyond the edge: SPIN's zeros, not hmr's"
 
 
-EDITS = [edit for _, edit in gallery.edits()]
+EDITS = [edit for mistake in MISTAKES for edit in mistake.edits]
 
 
 def caught(file: str, first: int, last: int, tests: list[str]) -> list[gallery.Edit]:
     """The edits of these lines (from 1) that one of these tests catches."""
     text = source(file)
     return [e for e in EDITS if e.file == file and e.test.partition("[")[0] in tests
-            and first <= text[:text.index(e.old)].count("\n") + 1 <= last]
+            and first <= text.count("\n", 0, text.index(e.old)) + 1 <= last]
 
 
 def test_the_table_is_complete_and_every_edit_applies():
@@ -60,10 +55,27 @@ def test_the_table_is_complete_and_every_edit_applies():
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: str(task.number))
 def test_a_mistake_of_each_task_is_caught_by_a_test_of_the_task(task):
-    known, tests = exercises.functions(source(task.file)), [
-        f"test_{name}".partition("[")[0] for name in task.tests]
-    assert any(caught(task.file, known[name][0] + 1, known[name][2], tests)
-               for name in task.functions)
+    tests = [f"test_{name}".partition("[")[0] for name in task.tests]
+    known = exercises.functions(source(task.file))
+    assert any(caught(task.file, *known[name][:3:2], tests) for name in task.functions)
+
+
+def test_readmes_map_of_the_equations_is_the_codes():
+    """Tag, function and test of each row; the gallery shows that the test looks at the function."""
+    rows = re.findall(r"^\| ((?:Eq\.|slides:)[^|]*) \| `(\w+\.py):(\w+)` \| `(\w+)` \|$",
+                      source("README.md"), re.M)
+    tags = [re.match(r"Eq\. \(\d\)|slides: .*", tag)[0] for tag, *_ in rows]
+    assert set(tags) == {f"Eq. ({n})" for n in range(1, 9)} | {f"slides: {formula}" for formula in (
+        "y = F(x, {W_i}) + x", "F(x) := H(x) - x", "y = F(x) + W_s x",
+        '"if t = T the full L, else L_adv"')}
+    for tag, (_, file, name, test) in zip(tags, rows):
+        kind, _, formula = tag.partition(": ")
+        tagged = [i for i, line in enumerate(source(file).split("\n"), 1) if (
+            line.endswith(f"# {tag}") if not formula else kind + ":" in line and formula in line)]
+        (node,) = (n for n in ast.parse(source(file)).body if getattr(n, "name", "") == name)
+        assert len(tagged) == 1 and node.lineno <= tagged[0] <= node.end_lineno, \
+            f"README: {tag} is not (once) in {file}:{name}, but in lines {tagged}"
+        assert caught(file, node.lineno, node.end_lineno, [test]), f"README: {test} catches nothing"
 
 
 def test_the_gallery_runs_and_tells(graded):
@@ -132,7 +144,8 @@ def test_the_folder_is_whole(student, tmp_path):
     names = {str(path.relative_to(student)) for path in student.rglob("*")}
     assert names >= {"TASKS.md", "assets/body.npz", "figures/elbow.png", "LICENSE"}
     assert not names & {"appendix", "assets/make_assets.py"}
-    done = run("-m", "pytest", "-q", "-x", "test_hmr.py", cwd=student)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-qx", "test_hmr.py"], cwd=student,
+                          text=True, capture_output=True)
     assert "NotImplementedError: Task 1, Sec. 3.1: batch_rodrigues" in done.stdout, done.stdout
     assert exercises.main(["write", str(tmp_path / "some"), "--tasks", "9,14"]) == 0
     text = "".join((tmp_path / "some" / file).read_text(encoding="utf-8") for file in CHAPTERS)
@@ -224,8 +237,9 @@ def graded(student, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path
     folders = [classroom / name for name in (*SUBMISSIONS, *NOTHING, "again/right")]
     both = (f"import sys; from appendix import exercises, gallery; gallery.main(['16', '35']); "
             f"print('{GALLERY_ENDED}', flush=True); sys.exit(exercises.main(sys.argv[1:]))")
-    return run("-c", both, "grade", "--tasks", "9", "--seconds", "4", "--processes", "2", "--out",
-               out, *folders), out
+    return subprocess.run([sys.executable, "-c", both, "grade", "--tasks", "9", "--seconds", "4",
+                           "--processes", "2", "--out", out, *folders], cwd=HERE, text=True,
+                          capture_output=True), out
 
 
 def test_no_submission_stops_the_grading(graded):
@@ -249,24 +263,3 @@ def test_a_submission_is_told_what_is_wrong(graded, name):
     (test,), says = content["tests"], SUBMISSIONS[name][1]
     assert test["max_score"] == 4 and test["score"] == content["score"] == 4 * (says is None)
     assert (says or "") in test["output"] and bool(says) == bool(test["output"]), test["output"]
-
-
-# ============================================================================================
-# The equations
-
-def test_readmes_map_of_the_equations_is_the_codes():
-    """Tag, function and test of each row; the gallery shows that the test looks at the function."""
-    rows = re.findall(r"^\| ((?:Eq\.|slides:)[^|]*) \| `(\w+\.py):(\w+)` \| `(\w+)` \|$",
-                      source("README.md"), re.M)
-    tags = [re.match(r"Eq\. \(\d\)|slides: .*", tag)[0] for tag, *_ in rows]
-    assert set(tags) == {f"Eq. ({n})" for n in range(1, 9)} | {f"slides: {formula}" for formula in (
-        "y = F(x, {W_i}) + x", "F(x) := H(x) - x", "y = F(x) + W_s x",
-        '"if t = T the full L, else L_adv"')}
-    for tag, (_, file, name, test) in zip(tags, rows):
-        kind, _, formula = tag.partition(": ")
-        tagged = [i for i, line in enumerate(source(file).split("\n"), 1) if (
-            line.endswith(f"# {tag}") if not formula else kind + ":" in line and formula in line)]
-        (node,) = (n for n in ast.parse(source(file)).body if getattr(n, "name", "") == name)
-        assert len(tagged) == 1 and node.lineno <= tagged[0] <= node.end_lineno, \
-            f"README: {tag} is not (once) in {file}:{name}, but in lines {tagged}"
-        assert caught(file, node.lineno, node.end_lineno, [test]), f"README: {test} catches nothing"
