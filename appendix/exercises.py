@@ -7,15 +7,17 @@
 
 A task is one or several functions of a chapter.  `write` leaves their docstrings, signatures and
 checks of the input, and marks each function by two lines.  `grade` puts what stands between them in
-a student's file into the project's own files, one task at a time.  Then it runs the task's tests of
-test_hmr.py, which the student has, too.  It is no jail, see `grade --help`.
+a student's file into the project's own files, one task at a time, and runs the task's tests of
+test_hmr.py, which the student has, too.  It is no jail: a student's code has your rights.
 """
 
 import argparse
 import ast
 import csv
 import io
+import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -27,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from appendix.gallery import CHAPTERS, DATA, HERE, HMR, SMPL, TRAIN, Job, Result, run_apart
+from appendix.gallery import CHAPTERS, DATA, HERE, HMR, SMPL, TRAIN, Job, Result, run_apart, source
 from smpl import exit_status, printable, write_atomically
 
 
@@ -113,86 +115,14 @@ TASKS = (
 )
 
 
-# In Markdown.  The lines that begin with ANSWER are the marker's, and a student does not get them.
-ANSWER = "1 point: "
-QUESTIONS = """\
-## Questions, to answer in words (3 points each)
-
-**Question 1.** `figures/elbow.png` shows an elbow bent by 115 degrees, seen from above.  On the
-left each vertex follows one bone alone, its largest weight.  In the middle are the blended weights
-of `lbs`.  Where does each of the two fail, and why?
-1 point: one bone alone: the mesh tears where neighbours follow two different motions
-1 point: blended: it is smooth, but the elbow loses volume
-1 point: a mean of two rotations is no rotation: it shrinks along the plane of the turn
-
-**Question 2.** The right elbow of `figures/elbow.png` has pose blend shapes, too.  Why do they
-depend on R - I and not on R, and why not on the root's rotation?
-1 point: they are offsets that are learnt, linear in R - I, and add what blending loses
-1 point: at rest R - I is 0 and the template stays; R would add a constant to every body
-1 point: the root bends nothing; a correction by it would dent a body for the way it faces
-
-**Question 3.** The paper's Eq. (2) reads s X + t, the official code computes s (X + t).  Which of
-these numbers would change?  Which unit has t in each form?  When does it matter?  (Needs task 9.)
-
-    python -c "import torch, hmr; X = torch.tensor([[[0.3, 0.4, 9.0]]])
-    print([hmr.project(X, torch.tensor([[s, 0.1, -0.2]])).tolist() for s in (1.0, 2.0)])"
-1 point: for s = 1 both forms agree; for s = 2 the paper's gives (0.7, 0.6), not (0.8, 0.4)
-1 point: in the code t is in metres, in the paper in units of the crop: t_paper = s t
-1 point: a mean camera or weights of one form are wrong in the other wherever t is not 0
-
-**Question 4.** Do the gradients at the first layer of a plain network vanish with depth?  Explain
-the four numbers.  What makes deep plain networks train badly?  (Needs tasks 5 and 6.)
-
-    python -c "import torch, hmr
-    for depth, plain in ((18, True), (34, True), (18, False), (34, False)):
-        torch.manual_seed(0)
-        net = hmr.ResNet(depth, width=16, plain=plain)
-        net(torch.randn(16, 3, 64, 64)).square().mean().backward()
-        print(depth, plain, net.conv1.weight.grad.norm().item())"
-1 point: they grow with depth, most in the plain network: 1.8 to 23.8; else 2.2 to 7.2
-1 point: batch normalisation keeps them from vanishing, as He et al. argue
-1 point: a deep plain network has to learn the identity, which is hard; a block has it at F = 0
-
-**Question 5.** Half of the pictures have 3D labels.  Which losses teach the network anything about
-the other half, and which mistakes do they not see?  (Needs tasks 1 to 4, 9 and 15.)
-
-    python data.py
-1 point: L_reproj and L_adv; the masks keep it out of L_joints and L_smpl altogether
-1 point: L_reproj sees no depth, nor a limb turned about its own axis
-1 point: L_adv knows human rotations, not which of them the picture shows, nor the root
-
-**Question 6.** What does this number say about Eq. (3)?  Which two bodies look alike to it, and
-what in the rest of the method can tell them apart?  (The command needs task 9.)
-
-    python -c "import torch, hmr; X, cam = torch.randn(1, 19, 3), torch.tensor([[0.9, 0, 0]])
-    M = torch.tensor([1, 1, -1])
-    print((hmr.project(X, cam) - hmr.project(X * M, cam)).abs().max().item())"
-1 point: it is 0: weak perspective drops z
-1 point: a body and its mirror image in depth, a limb towards the camera or away from it
-1 point: two of: discriminators (joints bend the wrong way), 3D labels, shading, occlusion
-
-**Question 7.** Fig. 5's monsters: look at runs/monsters/picture.png (`assets/ablation.png` has a
-longer run's).  The 2D error is fine.  Why are the bodies not?  (Needs all tasks.)
-
-    python train.py --small --no-paired --no-adv --steps 500 --out runs/monsters
-1 point: only L_reproj is left: any body whose 19 keypoints fall in the right places will do
-1 point: limbs twist about their own axis and bend the wrong way; depth and betas are free
-1 point: the adversary restores plausible bodies (Fig. 4), paired 3D the right ones
-
-**Question 8.** Why do D_real and D_fake stay between 0 and 1, a little apart?  What would 1 and 0
-mean for the encoder?  Which of the 25 outputs come near it, and why?  (Needs all tasks.)
-
-    python train.py --small --steps 300 --out runs/adversary
-1 point: least squares pulls linear outputs to 1 and 0; they are 0.5 where D cannot tell
-1 point: at 1 and 0 D has won: it says little about the way to a human body
-1 point: all joints together and the shape: they see more than one joint's 9 numbers
-"""
+ANSWER = "1 point: "          # so begin the lines of the questions that a student does not get
+RULES, QUESTIONS = re.split("\n(?=## Questions)",
+                            source("appendix/questions.md").partition("\n\n")[2])
 
 
 # --------------------------------------------------------------------------------------------
 # A task's functions: by name in a chapter, between two lines in a student's file
 
-# The lines before and after a function; a comment of a student's own does not look so
 BEGIN, END = "# >>> Task {}: {}", "# <<< Task {}: {}"
 
 
@@ -200,22 +130,24 @@ def functions(text: str) -> dict[str, tuple[int, int, int, str]]:
     """A chapter's functions by name: the lines where each begins with its decorators, where its
     body begins after docstring and checks of the input, where it ends; its or its class's docs."""
     found = {}
-    for node in ast.parse(text).body:
-        prefix, inside = (f"{node.name}.", node.body) if isinstance(node, ast.ClassDef) else (
-            "", [node])
-        for f in (n for n in inside if isinstance(n, ast.FunctionDef)):
-            n = next((n for n, part in enumerate(f.body) if not isinstance(part, ast.Expr) and not (
-                isinstance(part, ast.If) and isinstance(part.body[0], ast.Raise))), 0)
-            first, begin = min(x.lineno for x in (f, *f.decorator_list)) - 1, f.body[0].lineno - 1
-            found[prefix + f.name] = (first, f.body[n - 1].end_lineno if n else begin,
-                                      f.end_lineno, ast.get_docstring(f) or ast.get_docstring(node))
+    for outer in ast.parse(text).body:
+        for f in (outer, *getattr(outer, "body", ())):
+            if isinstance(f, ast.FunctionDef):
+                begin = f.body[0].lineno - 1
+                for part in f.body:
+                    if not isinstance(part, ast.Expr) and not (
+                            isinstance(part, ast.If) and isinstance(part.body[0], ast.Raise)):
+                        break
+                    begin = part.end_lineno
+                found[f.name if f is outer else f"{outer.name}.{f.name}"] = (
+                    min(part.lineno for part in (f, *f.decorator_list)) - 1, begin,
+                    f.end_lineno, ast.get_docstring(f) or ast.get_docstring(outer))
     return found
 
 
 def answer(task: Task) -> list[str]:
     """The lines of code that a student has to find, without comments."""
-    text = (HERE / task.file).read_text(encoding="utf-8")
-    known, lines = functions(text), text.split("\n")
+    known, lines = functions(source(task.file)), source(task.file).split("\n")
     code = [line.strip().partition("  # ")[0].rstrip() for name in task.functions
             for line in lines[known[name][1]:known[name][2]]]
     return [line for line in code if line and not line.startswith("#")]
@@ -223,44 +155,20 @@ def answer(task: Task) -> list[str]:
 
 def blank(file: str, tasks: tuple[Task, ...]) -> str:
     """A chapter as it is handed out: these tasks are blank, all others are solved."""
-    text = (HERE / file).read_text(encoding="utf-8")
-    lines, known = text.split("\n"), functions(text)
-    parts = [(known[name], task, name) for task in tasks if task.file == file
-             for name in task.functions]
-    for (first, begin, end, _), task, name in sorted(parts, reverse=True):
+    text = source(file)
+    for task, name in [(t, name) for t in tasks if t.file == file for name in t.functions]:
+        (first, body, end, _), lines = functions(text)[name], text.split("\n")
         outer = re.match(" *", lines[first])[0]
         lines[first:end] = [
-            outer + BEGIN.format(task.number, name), *lines[first:begin],
+            outer + BEGIN.format(task.number, name), *lines[first:body],
             f'{outer}    raise NotImplementedError("Task {task.number}, {task.where}: {name}")',
             outer + END.format(task.number, name)]
-    return "\n".join(lines)
+        text = "\n".join(lines)
+    return text
 
 
 # --------------------------------------------------------------------------------------------
 # write: the folder that a student gets
-
-RULES = """\
-# Coursework: Human Mesh Recovery
-
-{n} pieces of `smpl.py`, `hmr.py`, `data.py` and `train.py` are missing.  Each stands between two
-lines, `# >>> Task 9: project` and `# <<< Task 9: project`, and raises NotImplementedError.
-
-To read: Kanazawa et al., "End-to-end Recovery of Human Shape and Pose", CVPR 2018 (arXiv
-1712.06584), which Sec. and Eq. refer to; for ResNet He et al., "Deep Residual Learning for Image
-Recognition", CVPR 2016 (arXiv 1512.03385).  Nobody needs the slides that comments name.
-
-To install, with Python 3.10 or later; the first line is for a laptop without a GPU and saves 5 GB:
-
-    pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
-    pip install -r requirements.txt
-
-- Each task's command runs its tests, and grading runs the same tests.  They look at the task's
-  functions alone, so you may work in any order, but for what the table says.
-- Hand in the four files, in UTF-8.  Only what stands between a function's two lines is graded,
-  with all other tasks solved.  Put helpers and imports there, too, and leave the two lines alone.
-- Results have the precision of the inputs, and inputs are not changed in place.
-"""
-
 
 def tasks_md(tasks: tuple[Task, ...]) -> str:
     parts = [RULES.format(n=len(tasks)),
@@ -270,7 +178,7 @@ def tasks_md(tasks: tuple[Task, ...]) -> str:
                  f"{', '.join(map(str, t.needs))} | {len(answer(t))} | {t.points} |\n"
                  for t in tasks)]
     for t in tasks:
-        known = functions((HERE / t.file).read_text(encoding="utf-8"))
+        known = functions(source(t.file))
         text = " ".join(known[name][3].split("\n\n")[0] for name in t.functions) + " " + t.hint
         tests = "".join(f"- {n}: {name.replace('_', ' ')}\n" for name, n in t.tests.items())
         parts.append(f"## Task {t.number}: {t.title}\n\n{paragraph(text)}\n\n"
@@ -301,6 +209,8 @@ def write(folder: Path, tasks: tuple[Task, ...] = TASKS) -> None:
             (new / name).write_text(text, encoding="utf-8")
         figures(new / "figures")
         new.rename(folder)
+    print(f"wrote {folder}: {len(tasks)} tasks, {sum(t.points for t in tasks)} points; "
+          f"begin with TASKS.md")
 
 
 def figures(folder: Path) -> None:
@@ -339,19 +249,20 @@ def graft(task: Task, path: Path) -> tuple[str, str]:
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise ValueError(f"{path.name}, line {line}: in Latin-1 or the like; save it as UTF-8"
                          ) from None
-    text = (HERE / task.file).read_text(encoding="utf-8")
-    lines, known = text.split("\n"), functions(text)
-    stripped = [line.strip() for line in theirs.split("\n")]
+    known, lines = functions(source(task.file)), source(task.file).split("\n")
     for name in sorted(task.functions, key=known.get, reverse=True):
-        before, after = (mark.format(task.number, name) for mark in (BEGIN, END))
-        if before not in stripped or after not in stripped[stripped.index(before):]:
-            raise ValueError(f"{task.file}: the line '{before}' or '{after}' is missing")
-        first, last = stripped.index(before) + 1, len(stripped) - 1 - stripped[::-1].index(after)
-        lines[known[name][0]:known[name][2]] = theirs.split("\n")[first:last]
+        marks = [mark.format(task.number, name) for mark in (BEGIN, END)]
+        found = re.search(r"^[ \t]*{}[ \t]*\n(.*)^[ \t]*{}[ \t]*$".format(*map(re.escape, marks)),
+                          theirs, re.M | re.S)
+        if not found:
+            raise ValueError(f"{task.file}: the line '{marks[0]}' or '{marks[1]}' is missing")
+        first, _, end, _ = known[name]
+        lines[first:end] = found[1].split("\n")[:-1]
         try:
             ast.parse("\n".join(lines))
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-            line = (getattr(error, "lineno", None) or known[name][0]) - known[name][0] + first
+            line = (getattr(error, "lineno", None) or first) - first
+            line += theirs.count("\n", 0, found.start(1))
             raise ValueError(f"{task.file}, line {line}: {type(error).__name__}: "
                              f"{getattr(error, 'msg', error)}") from None
     return "\n".join(lines), theirs
@@ -377,21 +288,20 @@ def judge(task: Task, result: Result, theirs: str) -> Grade:
         why if points == 0 and len(lost) == 1 else f"{name}: {why}" for why, name in lost.items()))
 
 
-def hand_in(folder: Path) -> Path:
-    """A student's folder, if there are files in it.  Raises ValueError with a sentence."""
-    if not folder.is_dir():
-        raise ValueError("a file, not a folder; unpack it" if folder.exists() else "no such folder")
+def obstacle(folder: Path) -> str:
+    """Why a student's folder cannot be graded; "" if there are files in it."""
+    if not os.path.isdir(folder):
+        return "a file, not a folder; unpack it" if os.path.exists(folder) else "no such folder"
     found = [path.parent for depth in ("", "*/", "*/*/") for file in CHAPTERS
              for path in folder.glob(depth + file)]
-    if not found:
-        others = ", ".join(sorted(path.name for path in folder.iterdir())[:3])
-        raise ValueError(f"none of the four files but {others}" if others else "an empty folder")
-    if found[0] != folder:
-        raise ValueError(f"the files stand deeper, in {found[0].relative_to(folder)}; grade that")
-    return folder
+    if found:
+        deeper = printable(found[0].relative_to(folder))
+        return "" if found[0] == folder else f"the files stand deeper, in {deeper}; grade that"
+    others = printable(", ".join(sorted(path.name for path in folder.glob("*"))[:3]))
+    return f"none of the four files but {others}" if others else "an empty folder"
 
 
-def grade_one(folder: Path, tasks: tuple[Task, ...], processes: int, seconds: float) -> list[Grade]:
+def grade_one(folder: Path, tasks: tuple[Task, ...], processes: int, seconds: int) -> list[Grade]:
     grades, jobs = {}, []
     for task in tasks:
         try:
@@ -433,30 +343,28 @@ def statistics(of_class: list[list[Grade]]) -> str:
     return "\n".join(lines)
 
 
-def grade(folders: list[Path], tasks: tuple[Task, ...], out: Path, processes: int,
-          seconds: float) -> bool:
+def grade(args: argparse.Namespace) -> bool:
     """Grade folders, print and write the results -> has everyone got all points?"""
-    paths, of_class = {folder: folder.resolve().parts for folder in folders}, []
+    if not (args.seconds > 0 and args.processes >= 0):
+        raise ValueError("--seconds, --processes: expected more than 0")
+    tasks, of_class = chosen(args.tasks), []
+    paths = {folder: folder.resolve().parts for folder in args.folders}
+    distinct = set(paths.values())
     rows = [["student", *(f"{t.number} {t.title}" for t in tasks), "points", "remark"]]
     for folder, path in paths.items():
-        n = 1                 # folders of one name are told apart by the folders that they are in
-        while [other[-n:] for other in {*paths.values()}].count(path[-n:]) > 1:
-            n += 1
-        name, remark = printable("_".join(path[-n:])), ""
-        try:
-            folder = hand_in(folder)
-        except (ValueError, OSError) as error:
-            remark = printable(error)
+        # folders of one name are told apart by the folders that they are in
+        n = next(n for n in itertools.count(1) if [p[-n:] for p in distinct].count(path[-n:]) == 1)
+        name, remark = printable("_".join(path[-n:])), obstacle(folder)
         grades = [Grade(task, 0, "") for task in tasks] if remark else grade_one(
-            folder, tasks, processes, seconds)
+            folder, tasks, args.processes, args.seconds)
         report(name, grades, remark)
         of_class.append(grades)
         rows.append([name, *(g.points for g in grades), sum(g.points for g in grades), remark])
         text = io.StringIO()
         csv.writer(text).writerows(rows)
-        write_atomically(out / f"{name}.json", gradescope(grades).encode())
-        write_atomically(out / "class.csv", text.getvalue().encode())
-    print(f"{statistics(of_class)}\nwrote {out / 'class.csv'} and a .json for each folder")
+        write_atomically(args.out / f"{name}.json", gradescope(grades).encode())
+        write_atomically(args.out / "class.csv", text.getvalue().encode())
+    print(f"{statistics(of_class)}\nwrote {args.out / 'class.csv'} and a .json for each folder")
     return all(g.points == g.task.points for grades in of_class for g in grades)
 
 
@@ -492,48 +400,31 @@ def chosen(wanted: str) -> tuple[Task, ...]:
     return tuple(task for number, task in known.items() if not wanted or number in numbers)
 
 
-def run(args: argparse.Namespace) -> bool:
-    """The command -> has it found everything right?"""
-    torch.set_num_threads(1)              # no threads, so that the process may be forked
-    if args.command == "write":
-        tasks = chosen(args.tasks)
-        write(args.folder, tasks)
-        print(f"wrote {args.folder}: {len(tasks)} tasks, {sum(t.points for t in tasks)} points; "
-              f"begin with TASKS.md")
-    elif args.command == "grade":
-        if not (args.seconds > 0 and args.processes >= 0):
-            raise ValueError("--seconds, --processes: expected more than 0")
-        return grade(args.folders, chosen(args.tasks), args.out, args.processes, args.seconds)
-    elif args.command == "check":
-        check(args.processes)
-    else:
-        print(QUESTIONS)
-    return True
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Coursework cut from the chapters, and graded.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("write", help="folder that a student gets")
+    one.set_defaults(run=lambda args: write(args.folder, chosen(args.tasks)))
     one.add_argument("folder", type=Path, metavar="DIR")
     two = commands.add_parser(
-        "grade", help="points of students' folders (Linux)",
-        description="The grader is no jail: a student's code has your rights, though it is not "
-        "told where the solutions are. Grade strangers' work in a container. The status is 1 if "
-        "points are lost.")
+        "grade", help="points of students' folders (Linux)", description="A student's code has "
+        "your rights: grade strangers' work in a container. The status is 1 if points are lost.")
+    two.set_defaults(run=grade)
     two.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     two.add_argument("--seconds", type=int, default=60, help="processor time for a task [60]")
     two.add_argument("--out", type=Path, default=Path("out/grade"), metavar="DIR",
                      help="folder for class.csv and a .json for each student [out/grade]")
     three = commands.add_parser("check", help="fairness of each task: blank, and solved alone")
+    three.set_defaults(run=lambda args: check(args.processes))
+    four = commands.add_parser("answers", help="model answers to the questions in words")
+    four.set_defaults(run=lambda args: print(QUESTIONS))
     for command in (two, three):
-        command.add_argument("--processes", type=int, default=0,
-                             help="number of processes at a time (default: one a core)")
+        command.add_argument("--processes", type=int, default=0, help="number of processes [cores]")
     for command in (one, two):
         command.add_argument("--tasks", default="", help="numbers such as 3,7 (default: all)")
-    commands.add_parser("answers", help="model answers to the questions in words")
     args, right = parser.parse_args(argv), []
-    return exit_status("exercises", lambda: right.append(run(args))) or int(right == [False])
+    torch.set_num_threads(1)              # no threads, so that the process may be forked
+    return exit_status("exercises", lambda: right.append(args.run(args))) or int(right == [False])
 
 
 if __name__ == "__main__":

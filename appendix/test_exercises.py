@@ -7,7 +7,6 @@ import ast
 import csv
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +16,8 @@ import torch
 
 from appendix import datasets, exercises, gallery
 from appendix.exercises import TASKS
-from appendix.gallery import CHAPTERS, HERE, MISTAKES
+from appendix.gallery import CHAPTERS, HERE, MISTAKES, source
 from test_hmr import same_numbers_every_time  # noqa: F401 (a fixture)
-
-
-def source(file: str) -> str:
-    return (HERE / file).read_text(encoding="utf-8")
-
-
-def run(*words: str, cwd: Path = HERE) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, text=True,
-                          capture_output=True)
 
 
 # ============================================================================================
@@ -39,38 +29,53 @@ def test_beyond_the_picture_its_edge_is_repeated():
     assert crop.min() > 0.99, f"black ({crop.min():.2f}) beyond the edge: SPIN's zeros, not hmr's"
 
 
-EDITS = gallery.edits()
+EDITS = [edit for mistake in MISTAKES for edit in mistake.edits]
 
 
-@pytest.mark.parametrize("edit", [e for _, e in EDITS], ids=[
-    f"{m.number}{'abcdefghij'[m.edits.index(e)]}" for m, e in EDITS])
-def test_every_edit_applies_to_one_line_and_names_a_test(edit):
-    text = source(edit.file)
-    edited = gallery.apply(edit, text)                    # raises if the line has changed
-    assert edited != text and "\n" not in edit.old.rstrip("\n"), "an edit of one line"
-    ast.parse(edited)
-    file, _, name = edit.test.rpartition("::")
-    assert f"\ndef {name.partition('[')[0]}(" in source(file or "test_hmr.py"), f"no {edit.test}"
+def caught(file: str, first: int, last: int, tests: list[str]) -> list[gallery.Edit]:
+    """The edits of these lines (from 1) that one of these tests catches."""
+    text = source(file)
+    return [e for e in EDITS if e.file == file and e.test.partition("[")[0] in tests
+            and first <= text.count("\n", 0, text.index(e.old)) + 1 <= last]
 
 
-def test_the_table_is_complete():
+def test_the_table_is_complete_and_every_edit_applies():
     assert [m.number for m in MISTAKES] == list(range(1, len(MISTAKES) + 1))
-    assert len({(e.file, e.old, e.new) for _, e in EDITS}) == len(EDITS) > 140
-    for mistake in MISTAKES:
-        assert bool(mistake.edits) != bool(mistake.elsewhere), f"{mistake.number}: or why not"
+    assert [m.number for m in MISTAKES if not m.edits] == [35]
+    assert len({(e.file, e.old, e.new) for e in EDITS}) == len(EDITS) > 100
+    for edit in EDITS:
+        edited = gallery.apply(edit)                      # raises if the line has changed
+        assert edited != source(edit.file) and "\n" not in edit.old[:-1], f"{edit}: not one line"
+        ast.parse(edited)
+        file, _, name = edit.test.rpartition("::")
+        assert f"\ndef {name.partition('[')[0]}(" in source(file or "test_hmr.py"), edit
     with pytest.raises(ValueError, match="mend this edit"):
-        gallery.apply(EDITS[0][1], "another text")
+        gallery.apply(EDITS[0]._replace(old="another text"))
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: str(task.number))
 def test_a_mistake_of_each_task_is_caught_by_a_test_of_the_task(task):
-    text, known = source(task.file), exercises.functions(source(task.file))
-    lines = {line for name in task.functions for line in range(*known[name][:3:2])}
-    caught = [edit for _, edit in EDITS if edit.file == task.file
-              and text[:text.index(edit.old)].count("\n") in lines and any(
-                  edit.test.partition("[")[0] == f"test_{name}".partition("[")[0]
-                  for name in task.tests)]
-    assert caught, "no mistake in its lines is caught by its own tests"
+    tests = [f"test_{name}".partition("[")[0] for name in task.tests]
+    known = exercises.functions(source(task.file))
+    assert any(caught(task.file, *known[name][:3:2], tests) for name in task.functions)
+
+
+def test_readmes_map_of_the_equations_is_the_codes():
+    """Tag, function and test of each row; the gallery shows that the test looks at the function."""
+    rows = re.findall(r"^\| ((?:Eq\.|slides:)[^|]*) \| `(\w+\.py):(\w+)` \| `(\w+)` \|$",
+                      source("README.md"), re.M)
+    tags = [re.match(r"Eq\. \(\d\)|slides: .*", tag)[0] for tag, *_ in rows]
+    assert set(tags) == {f"Eq. ({n})" for n in range(1, 9)} | {f"slides: {formula}" for formula in (
+        "y = F(x, {W_i}) + x", "F(x) := H(x) - x", "y = F(x) + W_s x",
+        '"if t = T the full L, else L_adv"')}
+    for tag, (_, file, name, test) in zip(tags, rows):
+        kind, _, formula = tag.partition(": ")
+        tagged = [i for i, line in enumerate(source(file).split("\n"), 1) if (
+            line.endswith(f"# {tag}") if not formula else kind + ":" in line and formula in line)]
+        (node,) = (n for n in ast.parse(source(file)).body if getattr(n, "name", "") == name)
+        assert len(tagged) == 1 and node.lineno <= tagged[0] <= node.end_lineno, \
+            f"README: {tag} is not (once) in {file}:{name}, but in lines {tagged}"
+        assert caught(file, node.lineno, node.end_lineno, [test]), f"README: {test} catches nothing"
 
 
 def test_the_gallery_runs_and_tells(graded):
@@ -91,34 +96,26 @@ def student(tmp_path_factory) -> Path:
 
 
 def test_the_table_of_tasks_is_whole():
-    for task in TASKS:
-        assert set(task.functions) <= exercises.functions(source(task.file)).keys(), task.title
-    assert [t.number for t in TASKS] == list(range(1, len(TASKS) + 1)) and len(TASKS) >= 14
-    assert sum(t.points for t in TASKS) == 100
+    assert [t.number for t in TASKS] == list(range(1, 18)) and sum(t.points for t in TASKS) == 100
     assert exercises.QUESTIONS.count(f"\n{exercises.ANSWER}") == 3 * 8 == 3 * (
         exercises.QUESTIONS.count("**Question "))
+    tests = {f"test_{test}".partition("[")[0] for task in TASKS for test in task.tests}
     bare = [f"{f.name}, line {n.lineno}" for f in ast.parse(source("test_hmr.py")).body
-            for n in ast.walk(f) if isinstance(n, ast.Assert) and not n.msg and any(
-                f.name == f"test_{test}".partition("[")[0] for t in TASKS for test in t.tests)]
+            if getattr(f, "name", "") in tests
+            for n in ast.walk(f) if isinstance(n, ast.Assert) and not n.msg]
     assert not bare, f"{bare}: a student needs a sentence"
 
 
-class Collected:              # a pytest plugin that keeps the names of the tests
-    def pytest_collection_finish(self, session):
-        self.names = {item.nodeid.partition("::")[2] for item in session.items}
-
-
-def test_a_tasks_command_runs_its_tests_and_no_others(student):
-    collected = Collected()
-    pytest.main(["--collect-only", "-qq", "--assert=plain", "-p", "no:cacheprovider", "-p",
-                 "no:faulthandler", str(HERE / "test_hmr.py")], plugins=[collected])
-    nodes = collected.names
+def test_a_tasks_command_runs_its_tests_and_no_others(student, capsys):
+    pytest.main(["--collect-only", "-qs", "--assert=plain", "-pno:cacheprovider",
+                 "-pno:faulthandler", str(HERE / "test_hmr.py")])
+    nodes = {line.partition("::")[2] for line in capsys.readouterr().out.splitlines()} - {""}
     command = (student / "TASKS.md").read_text(encoding="utf-8")
     for task in TASKS:
         chosen = {node for node in nodes if any(
             word.lower() in node.lower() for word in task.key.split(" or "))}
         tests = {f"test_{name}" for name in task.tests}
-        its = {node for node in nodes if node in tests or node.partition("[")[0] in tests}
+        its = {node for node in nodes if {node, node.partition("[")[0]} & tests}
         assert {node.partition("[")[0] for node in its} == {t.partition("[")[0] for t in tests}
         odd = {node for node in chosen ^ its if not node.startswith("test_resnet_equals")}
         assert not odd, f"task {task.number}: -k {task.key!r} and its tests differ in {odd}"
@@ -129,12 +126,10 @@ def test_a_handout_keeps_what_states_the_task_and_gives_no_answer(student):
     texts = {path.name: path.read_text(encoding="utf-8") for path in student.glob("*.*")}
     assert texts["test_hmr.py"] == source("test_hmr.py") and len(texts) == 7
     for file in CHAPTERS:
-        ours, theirs = ({getattr(node, "name", ""): node for node in ast.walk(ast.parse(text))}
+        ours, theirs = ({(f.name, ast.unparse(f.args), ast.get_docstring(f))
+                         for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)}
                         for text in (source(file), texts[file]))
-        for name in exercises.functions(source(file)):
-            a, b = ours[name.rpartition(".")[2]], theirs[name.rpartition(".")[2]]
-            assert ast.unparse(a.args) == ast.unparse(b.args)
-            assert ast.get_docstring(a) == ast.get_docstring(b), name
+        assert theirs <= ours, f"{file}: {theirs - ours}"
     for task in TASKS:
         for name in task.functions:
             assert f'raise NotImplementedError("Task {task.number}, {task.where}: {name}")' in \
@@ -144,20 +139,29 @@ def test_a_handout_keeps_what_states_the_task_and_gives_no_answer(student):
             assert not found, f"task {task.number}: {line!r} stands in {found}"
 
 
-def test_the_folder_is_whole(student, tmp_path, capsys):
+def test_the_folder_is_whole(student, tmp_path):
     assert not list(student.parent.glob(".*")), "temporary files left behind"
-    names = {path.name for path in student.iterdir()}
-    assert names >= {"TASKS.md", "assets", "figures", "LICENSE"} and "appendix" not in names
-    assert (student / "figures/elbow.png").stat().st_size > 10_000
-    assert not (student / "assets/make_assets.py").exists()
-    done = run("-m", "pytest", "-q", "-x", "test_hmr.py", cwd=student)
+    names = {str(path.relative_to(student)) for path in student.rglob("*")}
+    assert names >= {"TASKS.md", "assets/body.npz", "figures/elbow.png", "LICENSE"}
+    assert not names & {"appendix", "assets/make_assets.py"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-qx", "test_hmr.py"], cwd=student,
+                          text=True, capture_output=True)
     assert "NotImplementedError: Task 1, Sec. 3.1: batch_rodrigues" in done.stdout, done.stdout
-    for folder, sentence in ((student, "exists already"), (HERE / "hand", "inside the project")):
-        assert exercises.main(["write", str(folder)]) == 2
-        assert sentence in capsys.readouterr().err
     assert exercises.main(["write", str(tmp_path / "some"), "--tasks", "9,14"]) == 0
     text = "".join((tmp_path / "some" / file).read_text(encoding="utf-8") for file in CHAPTERS)
     assert set(re.findall(r"# >>> Task (\d+):", text)) == {"9", "14"}, "the others stay solved"
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["write", HERE / "assets"], "inside the project"), (["write", "."], "exists already"),
+    (["grade", ".", "--tasks", "99"], "expected numbers of 1 to 17 such as 3,7"),
+    (["grade", ".", "--seconds", "0"], "expected more than 0")])
+def test_bad_options_end_in_a_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exercises.main([*map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_questions_commands_print_what_the_answers_say(capsys):
@@ -182,11 +186,11 @@ def test_a_solved_file_becomes_the_projects_again(student, tmp_path):
         text, known = source(task.file), exercises.functions(source(task.file))
         solved = (student / task.file).read_text(encoding="utf-8")
         for name in task.functions:
-            before, after = (mark.format(task.number, name) for mark in (exercises.BEGIN,
-                                                                         exercises.END))
-            lines = "\n".join(text.split("\n")[known[name][0]:known[name][2]])
-            i, j = solved.index(before) + len(before), solved.rindex("\n", 0, solved.index(after))
-            solved = f"{solved[:i]}\n{lines}{solved[j:]}"
+            first, _, last, _ = known[name]
+            begin, end = (re.escape(mark.format(task.number, name))
+                          for mark in (exercises.BEGIN, exercises.END))
+            solved = re.sub(f"({begin}\n).*(\n *{end})", lambda found: found[1] + "\n".join(
+                text.split("\n")[first:last]) + found[2], solved, flags=re.S)
         (tmp_path / task.file).write_text(solved, encoding="utf-8")
         assert exercises.graft(task, tmp_path / task.file)[0] == text
 
@@ -208,7 +212,7 @@ SUBMISSIONS = {    # of Task 9; what stands in place of its line, and what the g
               f"\n    assert not [x for x in here if '{HERE}' in x], here\n    {RIGHT}", None),
     "broken": ("return (cam", "hmr.py, line"),
     "latin": ("return cam  # caf\xe9", "in Latin-1 or the like; save it as UTF-8"),
-    "unmarked": ("# <<< no more", "the line '# >>> Task 9: project' or '# <<< Task 9: project' is")}
+    "unmarked": ("", "the line '# >>> Task 9: project' or '# <<< Task 9: project' is")}
 GALLERY_ENDED = "---- graded next"
 NOTHING = {"empty": "an empty folder", "nested": "the files stand deeper, in work",
            "zipped": "none of the four files but hmr.zip", "gone": "no such folder"}
@@ -220,22 +224,22 @@ def graded(student, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path
     classroom, out = tmp_path_factory.mktemp("class"), tmp_path_factory.mktemp("out")
     blank = (student / "hmr.py").read_text(encoding="utf-8")
     line = re.search(r"raise NotImplementedError\(\"Task 9.*\n", blank)[0]
+    files = {"zipped/hmr.zip": b""}
     for name, (text, _) in SUBMISSIONS.items():
-        (classroom / name).mkdir()
         text = blank.replace(line, f"{text}\n") + "\n\ndef half(x):\n    return x / 2\n"
-        if name == "unmarked":
-            text = text.replace("# <<< Task 9: project", "")
-        (classroom / name / "hmr.py").write_text(text, "latin-1" if name == "latin" else "utf-8")
-    for name in ("empty", "nested/work", "zipped", "again/right"):
-        (classroom / name).mkdir(parents=True)
-    for name in ("nested/work/hmr.py", "again/right/hmr.py"):
-        shutil.copyfile(classroom / "right/hmr.py", classroom / name)
-    (classroom / "zipped/hmr.zip").touch()
+        files[f"{name}/hmr.py"] = text.encode("latin-1" if name == "latin" else "utf-8")
+    files["unmarked/hmr.py"] = files["right/hmr.py"].replace(b"# <<< Task 9: project", b"")
+    files["nested/work/hmr.py"] = files["again/right/hmr.py"] = files["right/hmr.py"]
+    for name, content in files.items():
+        (classroom / name).parent.mkdir(parents=True, exist_ok=True)
+        (classroom / name).write_bytes(content)
+    (classroom / "empty").mkdir()
     folders = [classroom / name for name in (*SUBMISSIONS, *NOTHING, "again/right")]
     both = (f"import sys; from appendix import exercises, gallery; gallery.main(['16', '35']); "
             f"print('{GALLERY_ENDED}', flush=True); sys.exit(exercises.main(sys.argv[1:]))")
-    return run("-c", both, "grade", "--tasks", "9", "--seconds", "4", "--processes", "2", "--out",
-               out, *folders), out
+    return subprocess.run([sys.executable, "-c", both, "grade", "--tasks", "9", "--seconds", "4",
+                           "--processes", "2", "--out", out, *folders], cwd=HERE, text=True,
+                          capture_output=True), out
 
 
 def test_no_submission_stops_the_grading(graded):
@@ -259,41 +263,3 @@ def test_a_submission_is_told_what_is_wrong(graded, name):
     (test,), says = content["tests"], SUBMISSIONS[name][1]
     assert test["max_score"] == 4 and test["score"] == content["score"] == 4 * (says is None)
     assert (says or "") in test["output"] and bool(says) == bool(test["output"]), test["output"]
-
-
-def test_bad_options_end_in_a_sentence(tmp_path, capsys, student):
-    for arguments, sentence in ((["--tasks", "99"], "expected numbers of 1 to 17 such as 3,7"),
-                                (["--seconds", "0"], "expected more than 0")):
-        arguments = ["grade", str(student), *arguments, "--out", str(tmp_path / "o")]
-        assert exercises.main(arguments) == 2
-        error = capsys.readouterr().err
-        assert sentence in error and error.count("\n") == 1, error
-    assert not (tmp_path / "o").exists()
-
-
-# ============================================================================================
-# The equations
-
-SLIDES = {"y = F(x, {W_i}) + x", "F(x) := H(x) - x", "y = F(x) + W_s x",
-          '"if t = T the full L, else L_adv"'}
-
-
-def test_readmes_map_of_the_equations_is_the_codes():
-    """Tag, function and test of each row; the gallery shows that the test looks at the function."""
-    rows = re.findall(r"^\| ((?:Eq\.|slides:)[^|]*) \| `(\w+\.py):(\w+)` \| `(\w+)` \|$",
-                      source("README.md"), re.M)
-    rows = [(re.match(r"Eq\. \(\d\)|slides: .*", tag)[0], *rest) for tag, *rest in rows]
-    assert {tag for tag, *_ in rows if tag.startswith("Eq")} == {f"Eq. ({n})" for n in range(1, 9)}
-    assert {tag.removeprefix("slides: ") for tag, *_ in rows if "slides" in tag} == SLIDES
-    for tag, file, name, test in rows:
-        lines = source(file).split("\n")
-        kind, _, formula = tag.partition(": ")
-        tagged = [i for i, line in enumerate(lines, 1) if (
-            line.endswith(f"# {tag}") if not formula else kind + ":" in line and formula in line)]
-        (node,) = (n for n in ast.parse(source(file)).body if getattr(n, "name", "") == name)
-        assert len(tagged) == 1 and node.lineno <= tagged[0] <= node.end_lineno, \
-            f"README: {tag} is not (once) in {file}:{name}, but in lines {tagged}"
-        caught = [edit for _, edit in EDITS if edit.test.partition("[")[0] == test
-                  and edit.file == file and node.lineno <= source(file)[:source(file).index(
-                      edit.old)].count("\n") + 1 <= node.end_lineno]
-        assert caught, f"README: no mistake in {file}:{name} is caught by {test}"
