@@ -117,7 +117,7 @@ TASKS = (
 
 ANSWER = "1 point: "          # so begin the lines of the questions that a student does not get
 RULES, QUESTIONS = re.split("\n(?=## Questions)",
-                            source("appendix/questions.md").partition("\n\n")[2])
+                            source("appendix/handout.md").partition("\n\n")[2])
 
 
 # --------------------------------------------------------------------------------------------

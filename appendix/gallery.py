@@ -330,7 +330,7 @@ MISTAKES = (
         (DATA, "(high - low).norm(dim=-1)", "(high - low).amax(-1)", CAMERAS),
         (DATA, "shift - (low + high) / 2]", "shift - keypoints[..., :2].mean(1)]", CAMERAS)),
     mistake(30, "beyond the picture: its edge repeated, or black", "SPIN",
-        (DATASETS, 'padding: str = "border") -> tuple', 'padding: str = "zeros") -> tuple',
+        (DATASETS, '"zeros" if crop == "spin" else "border"', '"zeros"',
          "appendix/test_exercises.py::test_beyond_the_picture_its_edge_is_repeated")),
     mistake(31, "the official flags' weight decay and rate, which no run uses", "pytorch_HMR",
         (TRAIN, "fused=True, capturable", "weight_decay=1e-4, fused=True, capturable", LOOP),

@@ -133,7 +133,8 @@ def test_the_maps_between_joint_orders_are_the_published_numbers(capsys):
     assert datasets.J24_TO_19 == [*range(14), *range(19, 24)]
     assert datasets.J24_TO_14 == [*range(13), 18], "the head's centre, slot 18, not its top, 13"
     assert datasets.H36M_TO_14 == [6, 5, 4, 1, 2, 3, 16, 15, 14, 11, 12, 13, 8, 10]
-    assert datasets.COCO_TO_19 == [16, 14, 12, 11, 13, 15, 10, 8, 6, 5, 7, 9, -1, -1, 0, 1, 2, 3, 4]
+    assert datasets.COCO_TO_19 == [16, 14, 12, 11, 13, 15, 10, 8, 6, 5, 7, 9, -1, -1, 0, 1, 2, 3, 4
+                                   ], "COCO names the left side first"
     assert datasets.J24_PELVIS == 14
     assert datasets.main(["orders"]) == 0
     lines = capsys.readouterr().out.splitlines()
