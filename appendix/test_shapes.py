@@ -18,6 +18,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pytest
@@ -55,6 +56,7 @@ FIELDS = {(node.name, field.target.id): (path, field.lineno)          # of Named
           for path, nodes in NODES.items() for node in nodes.values()
           if isinstance(node, ast.ClassDef) for field in node.body
           if (path, field.lineno) in COMMENTS}
+FALSE, COMPARED, RESHAPED = {}, set(), set()    # what the run finds: lines
 
 
 def results(node: ast.stmt) -> list[str]:
@@ -105,40 +107,27 @@ def is_true(text: str, values: list, known: dict) -> bool:
                 matches(axes, shape, dict(known) if type(value) is dict else known)
                 for shape in shapes(value)):        # a dict's entries have letters of their own
             return False
-    equation = re.search(r"; (\w) = ([\w *]+)$", text)
+    equation = re.search(r"; (\w) = (.+)", text)
     return bool(pairs) and len(said) == len(values) and (
         not equation or fits(equation[2], known[equation[1]], known))
 
 
-class Watch:
-    """A trace function and what it finds: false comments, compared ones, lines that reshape."""
-
-    def __init__(self):
-        self.false, self.compared, self.reshaped = {}, set(), set()
-        self.known = {}                         # frames that run -> what their letters stand for
-
-    def __call__(self, frame, event, arg):
-        """A call begins.  The chapters' own are watched, but for comprehensions and lambdas."""
-        if frame.f_code.co_filename in LINES and not frame.f_code.co_name.startswith("<"):
-            return Call(self, frame).step
-
-    def compare(self, line: tuple[str, int], values: list, known: dict, side: int = -1) -> None:
-        self.compared.add(line)
-        if not is_true(COMMENTS[line].split(" -> ")[side], values, known):
-            live = [shapes(value) for value in values]
-            self.false[line] = f"# {COMMENTS[line]}, but live: {live}"
+def compare(line: tuple[str, int], values: list, known: dict, side: int = -1) -> None:
+    COMPARED.add(line)
+    if not is_true(COMMENTS[line].split(" -> ")[side], values, known):
+        FALSE[line] = f"# {COMMENTS[line]}, but live: {[shapes(value) for value in values]}"
 
 
 class Call:
     """One call of a chapter's function.  A nested function knows the outer one's letters."""
+    letters = {}                                # frames that run -> what their letters stand for
 
-    def __init__(self, watch: Watch, frame):
-        self.watch, self.path = watch, frame.f_code.co_filename
+    def __init__(self, frame):
+        self.path = frame.f_code.co_filename
         is_nested = frame.f_code.co_flags & inspect.CO_NESTED
-        outer = watch.known.get(frame.f_back, {}) if is_nested else {}
-        self.known = watch.known[frame] = dict(outer)
-        self.node = self.returned = None
-        self.read, self.empty = set(), []
+        self.known = self.letters[frame] = dict(
+            self.letters.get(frame.f_back, ()) if is_nested else ())
+        self.node, self.returned, self.before, self.empty = None, None, set(), []
         self.head = frame.f_lineno if "->" in COMMENTS.get((self.path, frame.f_lineno), "") else 0
         if self.head:
             self.note(frame, self.head, [*frame.f_locals.values()][:1], side=0)
@@ -156,12 +145,16 @@ class Call:
             if self.returned and arg is not None:
                 values = list(arg) if type(arg) is tuple else [arg]
                 self.note(frame, self.head or self.returned, values)
-                self.note_fields(arg)
-            del self.watch.known[frame]
+            known = {}
+            for name, part in getattr(arg, "_asdict", dict)().items():
+                line = FIELDS.get((type(arg).__name__, name))
+                if line and part is not None:       # the class of a NamedTuple says the shapes
+                    compare(line, [part], known)
+            del self.letters[frame]
         if isinstance(now, ast.Return):             # `with` goes back to its head before it ends
             self.returned = now.lineno
         self.node = now
-        self.read = {shape for value in frame.f_locals.values() for shape in shapes(value)}
+        self.before = {shape for value in frame.f_locals.values() for shape in shapes(value)}
         return self.step
 
     def note_results(self, frame, node: ast.stmt) -> None:
@@ -179,53 +172,46 @@ class Call:
     def note(self, frame, number: int, values: list, side: int = -1) -> None:
         line = self.path, number
         made = {shape for value in values if type(value) is not dict for shape in shapes(value)}
-        if made - self.read - {()}:                 # a dict's parts have names, and a docstring
-            self.watch.reshaped.add(line)
+        if made - self.before - {()}:               # a dict's parts have names, and a docstring
+            RESHAPED.add(line)
         if line in COMMENTS and any(value is not None for value in values):
             self.known |= {name: value for name, value in frame.f_locals.items()
                            if name in LETTERS and type(value) is int}
-            self.watch.compare(line, values, self.known, side)
-
-    def note_fields(self, value) -> None:
-        """Of a NamedTuple that a function returns: its class says the shapes."""
-        known = {}
-        for name, part in getattr(value, "_asdict", dict)().items():
-            line = FIELDS.get((type(value).__name__, name))
-            if line and part is not None:
-                self.watch.compare(line, [part], known)
+            compare(line, values, self.known, side)
 
 
-def run(folder: Path) -> None:
+def watch(frame, event, arg) -> Callable | None:
+    """A call begins.  The chapters' own are watched, but for comprehensions and lambdas."""
+    if frame.f_code.co_filename in LINES and not frame.f_code.co_name.startswith("<"):
+        return Call(frame).step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watched_run(tmp_path_factory):
     """The chapters' functions once at least, in sizes that differ from each other."""
-    train.train(train.Config(
-        depth=18, width=8, size=64, look="plain", upright=True, batch=5, steps=1, device="cpu",
-        pretrained="none", amp="off", eval_pictures=7, out=str(folder / "run")),
-        theta_bar=lambda rotation: hmr.mean_theta(torch.zeros(72), rotation))
-    model, D, config = train.load(folder / "run" / "checkpoint.pt", device="cpu")
-    train.print_clips(model, config)
-    body, theta = model.smpl, torch.rand(3, 157).requires_grad_()        # with 6D rotations
-    hmr.mean_theta(body.mean_pose, "6d")
-    world = data.SyntheticPeople(body, data.load_mocap(False, False), 3, 32, "hard")
-    train.train_step(lambda image: ([theta], model.decode(theta)), D, torch.optim.SGD([theta], 0.1),
-                     torch.optim.SGD(D.parameters(), 0.1), world.batch(0), world.motion(3, 0),
-                     config)
-    hmr.ResNet(50, width=8, num_classes=11)(torch.rand(2, 3, 64, 64))
-    body(torch.zeros(2, 10), torch.zeros(2, 72))
-    data.demo(folder)
-
-
-@pytest.fixture(scope="module")
-def watch(tmp_path_factory) -> Watch:
-    watch, before, threads = Watch(), sys.gettrace(), torch.get_num_threads()
+    folder, threads, before = tmp_path_factory.mktemp("a"), torch.get_num_threads(), sys.gettrace()
     torch.manual_seed(0)
     torch.set_num_threads(1)      # PyTorch 2.6 crashes in backward with 5 pictures on two threads
     sys.settrace(watch)
     try:
-        run(tmp_path_factory.mktemp("shapes"))
+        train.train(train.Config(
+            depth=18, width=8, size=64, look="plain", upright=True, batch=5, steps=1, device="cpu",
+            pretrained="none", amp="off", eval_pictures=7, out=str(folder)),
+            theta_bar=lambda rotation: hmr.mean_theta(torch.zeros(72), rotation))
+        model, D, config = train.load(folder / "checkpoint.pt", device="cpu")
+        train.print_clips(model, config)
+        hmr.mean_theta(model.smpl.mean_pose, "6d")
+        theta = torch.rand(3, 157).requires_grad_()                   # with 6D rotations
+        opt_E, opt_D = (torch.optim.SGD(weights, 0.1) for weights in ([theta], D.parameters()))
+        world = data.SyntheticPeople(model.smpl, data.load_mocap(False, False), 3, 32, "hard")
+        train.train_step(lambda image: ([theta], model.decode(theta)), D, opt_E, opt_D,
+                         world.batch(0), world.motion(3, 0), config)
+        hmr.ResNet(50, width=8, num_classes=11)(torch.rand(2, 3, 64, 64))
+        model.smpl(torch.zeros(2, 10), torch.zeros(2, 72))
+        data.demo(folder)
     finally:
         sys.settrace(before)
         torch.set_num_threads(threads)
-    return watch
 
 
 def listed(lines: dict) -> str:
@@ -233,17 +219,16 @@ def listed(lines: dict) -> str:
                      for (path, number), text in sorted(lines.items()))
 
 
-def test_shape_comments_are_true(watch):
-    assert not watch.false, listed(watch.false)
-    never = {line: text for line, text in COMMENTS.items() if line not in watch.compared}
+def test_shape_comments_are_true():
+    assert not FALSE, listed(FALSE)
+    never = {line: COMMENTS[line] for line in COMMENTS.keys() - COMPARED}
     assert not never, f"the run above comes by none of these comments:\n{listed(never)}"
 
 
-def test_lines_that_reshape_say_the_shape(watch):
-    bare = {(path, number): LINES[path][number] for path, number in watch.reshaped
-            if (path, number) not in COMMENTS and not re.search(      # these name their shapes
-                r"torch\.(eye|empty|zeros|ones|full|tensor)\(", LINES[path][number])}
-    share = 1 - len(bare) / len(watch.reshaped)
-    print(f"{len(watch.reshaped)} lines make a tensor of another shape than any local variable's; "
-          f"{share:.1%} of these say it; {len(watch.compared)} comments compared")
+def test_lines_that_reshape_say_the_shape():
+    bare = {(path, number): LINES[path][number] for path, number in RESHAPED - COMMENTS.keys()
+            if not re.search(r"torch\.(eye|empty|zeros|ones|full|tensor)\(", LINES[path][number])}
+    share = 1 - len(bare) / len(RESHAPED)       # a constructor names its shape already
+    print(f"{len(RESHAPED)} lines make a tensor of another shape than any local variable's; "
+          f"{share:.1%} of these say it; {len(COMPARED)} comments compared")
     assert share >= 0.9, f"only {share:.1%}; no shape is said in\n{listed(bare)}"
