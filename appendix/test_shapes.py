@@ -229,6 +229,5 @@ def test_lines_that_reshape_say_the_shape():
     bare = {(path, number): LINES[path][number] for path, number in RESHAPED - COMMENTS.keys()
             if not re.search(r"torch\.(eye|empty|zeros|ones|full|tensor)\(", LINES[path][number])}
     share = 1 - len(bare) / len(RESHAPED)       # a constructor names its shape already
-    print(f"{len(RESHAPED)} lines make a tensor of another shape than any local variable's; "
-          f"{share:.1%} of these say it; {len(COMPARED)} comments compared")
-    assert share >= 0.9, f"only {share:.1%}; no shape is said in\n{listed(bare)}"
+    assert share >= 0.9, f"of lines that make a tensor of another shape than any local variable's "\
+        f"only {share:.1%} say it, and not\n{listed(bare)}"
