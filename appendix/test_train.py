@@ -4,15 +4,14 @@ The formulas are tested in test_hmr.py, whose fixtures and `close` are used here
 """
 
 import contextlib
-import copy
 import functools
-import inspect
 import math
 import os
 import re
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,15 +19,13 @@ import torch
 import data
 import train
 from data import SyntheticPeople
-from hmr import HMR, Discriminator, Regressor
+from hmr import Regressor
 from smpl import OPEN_BODY, SMPL
 from test_hmr import (body, close, precision_of_the_encoder, same,  # noqa: F401 (fixtures)
                       same_numbers_every_time, tiny, weights_of)
 
 HERE = Path(__file__).resolve().parent.parent
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 SHORT = ["--small", "--width", "8", "--batch", "2", "--size", "32", "--eval-pictures", "1",
          "--log-every", "1", "--schedule", "constant", "--device", "cpu"]
 
@@ -39,137 +36,94 @@ def quick_guesses(monkeypatch):
     monkeypatch.setattr(train, "mean_camera", lambda *_: torch.tensor([[0.8, 0.0, 0.0]]))
 
 
+@pytest.fixture
+def no_measures(monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda *args: {})
+
+
 # ============================================================================================
-# The recorded step
-
-class Stream:
-    """A stand-in for torch.cuda.Stream where there is no GPU."""
-
-    def wait_stream(self, other):
-        pass
-
+# The recorded step, pictures drawn ahead
 
 class Recording:
-    """A stand-in for CUDA graphs: what a step does while it is recorded is undone afterwards, and a
-    launch calls the step on the recorded tensors and overwrites the losses that it returned."""
+    """A stand-in for CUDA graphs.  Its recording makes the step, so that the first launch has
+    nothing to do.  Each later one calls the step on the recorded tensors and overwrites the losses
+    that it returned."""
 
     def __init__(self, monkeypatch):
-        self.steps, self.launches, self.mode, made = [], 0, None, self
-        init = train.RecordedStep.__init__
-
-        def step_of(graph) -> train.RecordedStep:
-            return next(step for step in made.steps if step.graph is graph)
+        self.launches, self.modes, self.adams = 0, [], []
+        made, steps, init = self, [], train.RecordedStep.__init__
 
         class Graph:
+            is_new = True
+
             def replay(self):
-                step = step_of(self)
-                batch, made.launches = data.Batch(*step.tensors[:9]), made.launches + 1
-                for mine, new in zip(step.losses, step.step(batch, step.tensors[9:] or None)):
-                    mine.copy_(new)
+                made.launches += 1
+                step = next(step for step in steps if step.graph is self)
+                if not self.is_new:
+                    losses = step.step(data.Batch(*step.tensors[:9]), step.tensors[9:] or None)
+                    for mine, new in zip(step.losses, losses):
+                        mine.copy_(new)
+                self.is_new = False
 
         @contextlib.contextmanager
         def record(graph, stream, capture_error_mode):
-            assert stream is step_of(graph).stream, "not the stream of the first steps"
-            made.mode, used = capture_error_mode, inspect.getclosurevars(step_of(graph).step)
-            parts = [part for part in used.nonlocals.values() if hasattr(part, "state_dict")]
-            assert len(parts) == 4, "E, D and both optimisers"
-            before, numbers = copy.deepcopy([x.state_dict() for x in parts]), torch.get_rng_state()
+            assert stream is torch.cuda.Stream(), "not the stream of the first steps"
+            made.modes.append(capture_error_mode)
             yield
-            torch.set_rng_state(numbers)
-            for part, state in zip(parts, before):
-                part.load_state_dict(state)
+
+        def adam(network, rate, config) -> torch.optim.Adam:
+            """Not `capturable`, which needs a GPU; the rate in float64, to be exactly the same."""
+            lr = torch.tensor(rate, dtype=torch.float64) if config.record else rate
+            self.adams.append(torch.optim.Adam(network.parameters(), lr, fused=True))
+            return self.adams[-1]
         monkeypatch.setattr(train, "records", lambda config: config.record)
-        # on a CPU: the rate as a tensor, but not `capturable`, which needs a GPU
-        monkeypatch.setattr(train, "adam", lambda network, rate, config: torch.optim.Adam(
-            network.parameters(), torch.tensor(rate), fused=True))
+        monkeypatch.setattr(train, "adam", adam)
         monkeypatch.setattr(train.RecordedStep, "__init__",
-                            lambda step, *args: made.steps.append(step) or init(step, *args))
-        for name, stand_in in (("CUDAGraph", Graph), ("graph", record), ("Stream", Stream),
-                               ("current_stream", Stream),
-                               ("stream", lambda stream: contextlib.nullcontext())):
-            monkeypatch.setattr(torch.cuda, name, stand_in)
+                            lambda step, *args: steps.append(step) or init(step, *args))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", record)
+        for name in ("Stream", "current_stream", "stream"):
+            monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
 
 
-def run(folder: Path, monkeypatch, **changes) -> tuple[list, dict]:
-    """Train 12 steps -> what each step returned and was given, the weights it left."""
-    seen, add = [], train.Log.add
-
-    def noted(log, step, losses):
-        seen.append((step, [x.item() for x in losses]))
-        return add(log, step, losses)
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Log, "add", noted)
-        patch.setattr(train, "finish", lambda *args: {})
-        train.train(tiny(folder, **{"steps": 12, "schedule": "onecycle", **changes}))
-    return seen, weights_of(folder)
+def run(folder: Path, **changes) -> tuple[list, dict]:
+    """Train 12 steps -> log.csv's rows, a step and its losses each; the weights it left."""
+    train.train(tiny(folder, **{"steps": 12, "schedule": "onecycle", "log_every": 1, **changes}))
+    rows = (folder / "log.csv").read_text(encoding="utf-8").split()[1:]
+    return [[float(x) for x in row.split(",")[:10]] for row in rows], weights_of(folder)
 
 
 @pytest.mark.parametrize("changes", [{}, {"adv": False, "iterations": 1}])
-def test_a_recorded_run_is_the_plain_run(changes, tmp_path, monkeypatch):
+def test_a_recorded_run_is_the_plain_run(changes, tmp_path, monkeypatch, no_measures):
     recording = Recording(monkeypatch)
-    plain, weights = run(tmp_path / "plain", monkeypatch, record=False, **changes)
+    plain, weights = run(tmp_path / "plain", record=False, **changes)
     assert recording.launches == 0, "--no-record records"
-    recorded, others = run(tmp_path / "recorded", monkeypatch, **changes)
+    recorded, others = run(tmp_path / "recorded", **changes)
     assert recording.launches == 9, "steps 0 to 2 are ordinary, each later one is one launch"
-    assert recording.mode == "thread_local", "a thread that loads photographs may call CUDA"
-    assert [step for step, _ in recorded] == list(range(12)), "a step lost, or made twice"
-    for (step, a), (_, b) in zip(plain, recorded):
-        assert a == b, f"step {step}: another step's batch, rate or losses"
+    assert recording.modes == ["thread_local"], \
+        "recorded once, while a thread that loads photographs may call CUDA"
+    assert recorded == plain, "a step lost, or made twice; another step's batch, rate or losses"
     for key in ("model", "discriminator", "opt_E", "opt_D"):
         assert same(weights[key], others[key]), f"{key} differs after 12 steps"
+    assert others["opt_E"].keys() == {"state"}, "the file must not say whether it was recorded"
+    for adam in recording.adams[2:]:
+        assert adam.param_groups[0]["lr"] is adam.defaults["lr"], \
+            "the recording holds the address of the rate's tensor: fill it"
 
 
-def test_the_rate_of_a_recorded_step_is_filled_not_replaced():
-    for rate in (torch.tensor(0.5), 0.5):
-        group = (optimizer := torch.optim.Adam([torch.zeros(1)], rate)).param_groups[0]
-        train.set_rate(optimizer, 0.25)
-        assert group["lr"] == 0.25, "the rate stays at what it was in the beginning"
-        assert group["lr"] is rate or rate == 0.5, "the recording holds the tensor's address"
-
-
-def test_a_step_that_cannot_be_recorded_names_the_way_out(tmp_path, monkeypatch, capsys):
+def test_a_step_that_cannot_be_recorded_names_the_way_out(tmp_path, monkeypatch, capsys,
+                                                          no_measures):
     Recording(monkeypatch)
-
-    def old_driver(*args, **options):
-        raise RuntimeError("CUDA error: operation not supported")
-    monkeypatch.setattr(torch.cuda, "graph", old_driver)
-    monkeypatch.setattr(train, "finish", lambda *args: {})
+    monkeypatch.setattr(torch.cuda, "graph", mock.Mock(
+        side_effect=RuntimeError("CUDA error: operation not supported")))
     assert train.main([*SHORT, "--steps", "5", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "cannot be recorded (CUDA error: operation not supported); give --no-record" in error
     assert train.main(["--resume", "--no-record", "--out", str(tmp_path / "run")]) == 0
 
 
-def test_a_checkpoint_is_the_same_whether_its_steps_were_recorded_or_not(tmp_path, body):
-    """A rate that is a tensor and `capturable` neither reach the file nor come back from it."""
-    def parts(rate) -> dict:
-        torch.manual_seed(0)
-        networks = HMR(body, 18, width=8), Discriminator()
-        adams = [torch.optim.Adam(network.parameters(), rate, fused=True) for network in networks]
-        return dict(zip(("model", "discriminator", "opt_E", "opt_D"), (*networks, *adams)))
-    saved = []
-    for rate in (torch.tensor(1e-3), 1e-3):
-        trained = parts(rate)
-        for name in ("opt_E", "opt_D"):
-            for p in trained[name].param_groups[0]["params"]:
-                p.grad = torch.ones_like(p)
-            trained[name].step()
-        train.save(trained, 1, 0.0, tiny(tmp_path / str(type(rate))), "drawn people")
-        saved.append(train.load_checkpoint(tmp_path / str(type(rate)) / "checkpoint.pt"))
-    for key in ("model", "opt_E", "opt_D"):
-        assert same(saved[0][key], saved[1][key]), f"{key}: was it recorded? the file must not say"
-    for rate in (torch.tensor(0.5), 0.5):
-        fresh = parts(rate)
-        fresh["opt_E"].param_groups[0]["capturable"] = "mine"
-        train.restore(saved[0], fresh)
-        group = fresh["opt_E"].param_groups[0]
-        assert type(group["lr"]) is type(rate) and group["lr"] == rate, "the rate is the command's"
-        assert group["capturable"] == "mine", "settings are the command's, not the file's"
-        assert same(fresh["opt_E"].state_dict()["state"], saved[0]["opt_E"]["state"]), "its state"
-
-
 @gpu
-def test_a_recorded_run_has_the_losses_of_an_ordinary_one(tmp_path, monkeypatch):
+def test_a_recorded_run_has_the_losses_of_an_ordinary_one(tmp_path, monkeypatch, no_measures):
     """float32, the same stored batches: a recorded step 4 is the ordinary step 4."""
     body = SMPL().cuda()
     world = SyntheticPeople(body, data.load_mocap(True, False), 16, 32)
@@ -178,14 +132,14 @@ def test_a_recorded_run_has_the_losses_of_an_ordinary_one(tmp_path, monkeypatch)
     monkeypatch.setattr(SyntheticPeople, "batch", lambda _, step: stored[step][0])
     monkeypatch.setattr(SyntheticPeople, "motion", lambda _, n, step: stored[step][1])
     monkeypatch.setattr(train, "pictures_to_show", lambda *args: stored[0][0])
-    plain, recorded = (run(tmp_path / str(record), monkeypatch, record=record, steps=8, batch=16,
-                           device="cuda", lr=1e-4)[0] for record in (False, True))
+    plain, recorded = (run(tmp_path / str(record), record=record, steps=8, batch=16, device="cuda",
+                           lr=1e-4)[0] for record in (False, True))
     # Rounding grows from step to step (weights perturbed by 1e-6 at each step: 3e-5 at most).  A
     # stale batch, other dropout masks or a frozen rate make 6e-3 and more.
-    for step in range(8):
-        for a, b in zip(plain[step][1], recorded[step][1]):
-            close(b, a, (1e-4 if step < 4 else 5e-4) * max(1.0, abs(a)),
-                  f"step {step}: another step's batch, masks or rate?")
+    for a, b in zip(plain, recorded):
+        for x, y in zip(a, b):
+            close(y, x, (1e-4 if a[0] < 5 else 5e-4) * max(1.0, abs(x)),
+                  f"step {a[0]:.0f}: another step's batch, masks or rate?")
 
 
 @gpu
@@ -216,76 +170,72 @@ def test_a_recorded_dropout_heeds_the_seed_of_each_launch():
     assert not torch.equal(outputs[3], outputs[4]), "of two steps they must not"
 
 
-# ============================================================================================
-# Pictures drawn ahead
-
 def test_pictures_drawn_ahead_are_a_function_of_the_step(body):
     def world(**changes):
         return SyntheticPeople(body, data.load_mocap(True, False), 5, 16, "hard", **changes)
-    ahead, plain = world(ahead=3), world()
-    assert plain.ahead == 1, "on a CPU each step draws its own"
-    in_order = [(ahead.batch(step), ahead.motion(7, step)) for step in range(7)]
+
+    def drawn(world, step):
+        return [*world.batch(step), *world.motion(7, step)]
+    ahead = world(ahead=3)
+    assert world().ahead == 1, "on a CPU each step draws its own"
+    in_order = [drawn(ahead, step) for step in range(7)]
     for step in (6, 2, 4, 0):                   # any order, any start, as after --resume
-        fresh = world(ahead=3)
-        assert same(list(fresh.batch(step)), list(in_order[step][0])), f"step {step}: pictures"
-        assert same(list(fresh.motion(7, step)), list(in_order[step][1])), f"step {step}: motion"
-    for a, b in ((0, 1), (2, 3)):
-        assert not torch.equal(in_order[a][0].image, in_order[b][0].image), "each step its own"
-        assert not torch.equal(in_order[a][1][0], in_order[b][1][0]), "each step its own motion"
-    for batch, _ in in_order:
-        assert batch.image.shape == (5, 3, 16, 16) and batch.has_smpl.tolist() == [1, 0, 1, 0, 1], \
+        assert same(drawn(world(ahead=3), step), in_order[step]), f"step {step}: began elsewhere?"
+    for a, b in ((0, 1), (2, 3)):               # of one block, of two
+        for i in (0, -1):                       # pictures, the discriminators' betas
+            assert not torch.equal(in_order[a][i], in_order[b][i]), "each step its own"
+    for batch in in_order:
+        assert batch[0].shape == (5, 3, 16, 16) and batch[7].tolist() == [1, 0, 1, 0, 1], \
             "half of EVERY batch has 3D labels"
 
 
 # ============================================================================================
 # Checkpoints of others, unlucky runs
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "finish", lambda *args: {})
-        train.train(tiny(folder / "run", steps=1))
-    return folder / "run" / "checkpoint.pt"
+def forge(path: Path, kind: str, value) -> None:
+    """Spoil a checkpoint: its bytes, or the entry whose keys `kind` names."""
+    if kind == "a flipped bit":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 64
+        path.write_bytes(content)
+    elif kind == "a bomb":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in ("data.pkl", "data/0", "data/1", "data/2"):
+                archive.writestr(f"archive/{name}", b"")
+                archive.infolist()[-1].file_size = 2 ** 32 - 2        # says the archive
+    elif kind == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        content = part = torch.load(path, weights_only=True)
+        *keys, last = (int(key) if key.isdecimal() else key for key in kind.split())
+        for key in keys:
+            part = part[key]
+        part[last] = value
+        torch.save(content, path)
 
 
-@pytest.mark.parametrize("keys, value, sentence", [
-    ("config amp", "foo", "--amp foo: expected one of"), ("config", None, "not a checkpoint"),
+@pytest.mark.parametrize("kind, value, sentence", [
+    ("config amp", "foo", "--amp foo: expected one of"),
     ("config plain", 7, "--plain 7: expected a value such as False"),
+    ("config", functools.reduce(lambda knot, _: [knot, knot], range(40), []),     # 2^40 lists
+     "not a checkpoint of this version"),
     ("model encoder.conv1.weight", torch.zeros(1).expand(10 ** 6, 10 ** 6), "no plain tensor"),
     ("model encoder.conv1.weight", torch.zeros(8, 3, 7, 6), "checkpoint's model does not fit"),
     ("discriminator all3.bias", torch.tensor([math.nan]), "discriminator.all3.bias holds NaN"),
     ("opt_E state 0 exp_avg", torch.zeros(3), "checkpoint's opt_E does not fit"),
-    ("opt_E state", [], "not a run's checkpoint")], ids=lambda x: x if type(x) is str else "")
-def test_a_forged_checkpoint_is_refused_by_name(checkpoint, tmp_path, capsys, keys, value,
+    ("opt_E state", [], "not a run's checkpoint"), ("a flipped bit", None, "not a readable"),
+    ("a bomb", None, "not a readable"), ("a pipe", None, "no plain file")],
+    ids=lambda x: x if type(x) is str else "")
+def test_a_forged_checkpoint_is_refused_by_name(tmp_path, capsys, no_measures, kind, value,
                                                 sentence):
-    content = part = torch.load(checkpoint, weights_only=True)
-    *path, last = (int(key) if key.isdecimal() else key for key in keys.split())
-    for key in path:
-        part = part[key]
-    part[last] = value
-    torch.save(content, tmp_path / "checkpoint.pt")
+    train.train(tiny(tmp_path, steps=1))
+    forge(tmp_path / "checkpoint.pt", kind, value)
+    begun = time.monotonic()
     assert train.main(["--resume", "--out", str(tmp_path), "--steps", "2"]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1, error
-
-
-def test_a_flipped_bit_and_a_bomb_are_refused(checkpoint, tmp_path, capsys):
-    content = bytearray(checkpoint.read_bytes())
-    content[len(content) // 2] ^= 64
-    (tmp_path / "flipped.pt").write_bytes(content)
-    with zipfile.ZipFile(tmp_path / "bomb.pt", "w") as archive:
-        for name in ("data.pkl", "data/0", "data/1", "data/2"):
-            archive.writestr(f"archive/{name}", b"")
-            archive.infolist()[-1].file_size = 2 ** 32 - 2            # says the archive
-    knot = functools.reduce(lambda knot, _: [knot, knot], range(40), [])    # 2^40 lists
-    torch.save({"model": knot}, tmp_path / "knot.pt")
-    os.mkfifo(tmp_path / "pipe.pt")
-    for name, sentence in (("flipped", "not a readable checkpoint"), ("bomb", "not a readable"),
-                           ("knot", "not a checkpoint of this version"), ("pipe", "no plain file")):
-        begun = time.monotonic()
-        assert train.main(["--eval", str(tmp_path / f"{name}.pt")]) == 2
-        assert sentence in capsys.readouterr().err and time.monotonic() - begun < 20, name
+    assert time.monotonic() - begun < 20, "what the file claims was followed"
 
 
 def test_nothing_that_is_not_finite_is_written(tmp_path, capsys, monkeypatch, quick_guesses):
@@ -306,24 +256,17 @@ def test_nothing_that_is_not_finite_is_written(tmp_path, capsys, monkeypatch, qu
     assert not (tmp_path / "inf" / "metrics.json").exists(), "Infinity is no JSON"
 
 
-def test_a_body_file_that_moved_is_asked_for(tmp_path, monkeypatch, capsys):
-    run, old, new = tmp_path / "run", tmp_path / "old.npz", tmp_path / "new.npz"
+def test_a_run_goes_on_after_a_kill_and_with_a_body_file_that_moved(tmp_path, capsys, no_measures):
+    old, new = tmp_path / "old.npz", tmp_path / "new.npz"
     old.write_bytes(OPEN_BODY.read_bytes())
-    monkeypatch.setattr(train, "finish", lambda *args: {})
-    train.train(tiny(run, steps=1, smpl=str(old)))
+    (tmp_path / "log.csv").write_text("mine")
+    train.train(tiny(tmp_path, steps=1, smpl=str(old)))
+    assert (tmp_path / "log.csv.old").read_text() == "mine", "a log without a checkpoint: whose?"
     old.rename(new)
-    command = ["--resume", "--out", str(run), "--steps", "2", "--device", "cpu"]
+    command = ["--resume", "--out", str(tmp_path), "--steps", "2", "--device", "cpu"]
     assert train.main(command) == 2
     assert "old.npz: no such file; expected a body file; give --smpl" in capsys.readouterr().err
-    assert train.load(run / "checkpoint.pt", smpl=new)
+    assert train.load(tmp_path / "checkpoint.pt", smpl=new)
+    (tmp_path / ".checkpoint.pt.12345").write_bytes(b"half of one, of a killed process")
     assert train.main([*command, "--smpl", str(new)]) == 0
-
-
-def test_what_a_killed_run_left_is_kept_or_swept(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "finish", lambda *args: {})
-    (tmp_path / "log.csv").write_text("mine")
-    assert train.main([*SHORT, "--steps", "1", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "log.csv.old").read_text() == "mine", "a log without a checkpoint: whose?"
-    (tmp_path / ".checkpoint.pt.12345").write_bytes(b"half of one")
-    assert train.main(["--resume", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert not list(tmp_path.glob(".*")), "half a checkpoint is left lying about"
