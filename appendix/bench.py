@@ -30,7 +30,7 @@ from smpl import SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_
 
 
 def in_turn(ways: list[Callable], rounds: int) -> list[float]:
-    """Each function's median seconds.  All take turns, so that the machine's drift hits them alike.
+    """Each function's median seconds.  They take turns, so that the machine's drift hits all alike.
     Of two calls the second counts: the first may give back memory that the function before it left.
     Two rounds warm up."""
     def seconds(run_once: Callable) -> float:
@@ -44,11 +44,8 @@ def in_turn(ways: list[Callable], rounds: int) -> list[float]:
 
 
 def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict[str, Callable], int]:
-    """train()'s step, built up part by part: title -> a function, and how many steps it makes.
-
-    A function makes one step, or on a GPU as many as the world draws ahead.  The last is the whole
-    step as train() makes it, on a GPU recorded.
-    """
+    """train()'s step, built up part by part: title -> a function, and how many steps it makes, on a
+    GPU as many as the world draws ahead.  The last is train()'s whole step, on a GPU recorded."""
     torch.manual_seed(config.seed)
     model, D = train.build(config, smpl), Discriminator().to(config.device)
     world, numbers = train.training_world(config, smpl), itertools.count()
@@ -90,8 +87,7 @@ def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict[str, Callable], 
 def count_calls(run_once: Callable, device: str) -> int:
     """Launches of kernels and graphs on a GPU; on a CPU calls of PyTorch's operators, those of one
     operator by another included."""
-    # The profiler writes no lines of its own.  Some versions crashed when they stopped CUPTI and
-    # started it again beside CUDA graphs.
+    # No lines of the profiler's own; some versions crashed when CUPTI restarted beside CUDA graphs.
     os.environ.update(KINETO_LOG_LEVEL="99", DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
     with torch.profiler.profile() as seen:
         run_once()
@@ -194,8 +190,7 @@ def run(argv: list[str] | None) -> None:
     if args.rounds < 1 or torch.distributed.is_torchelastic_launched():
         raise ValueError(f"--rounds {args.rounds}: expected 1 or more, in one process")
     if {"steps", "adv"} & set(given) or args.what == "smpl" and (given or args.small):
-        raise ValueError("--steps, --adv: a bench counts --rounds of the step with the adversary; "
-                         "smpl takes --rounds only")
+        raise ValueError("--steps, --adv: the bench times whole steps; smpl takes --rounds only")
     if args.what == "smpl":
         return bench_smpl(args.rounds)
     given = {"pretrained": "none"} | given      # as dear, and no download
