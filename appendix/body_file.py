@@ -2,11 +2,10 @@
 
     python -m appendix.body_file SMPL_NEUTRAL.pkl body.npz     # writes the project's plain layout
 
-`smpl.load_body` calls `read_body_file` for any file that is not in that layout.  An official file
-is a pickle of Python 2 that holds chumpy's and scipy's objects, and a pickle is a program.
-`BodyUnpickler` runs it with an inert stand-in for each name that such files hold: it imports and
-calls nothing, and refuses other names.  `plain` makes arrays of the stand-ins.  (A forged state
-makes numpy's and scipy's own classes read and write anywhere in memory.)
+An official file is a pickle of Python 2 that holds chumpy's and scipy's objects, and a pickle is a
+program.  `BodyUnpickler` runs it with an inert stand-in for each name that such files hold: it
+imports and calls nothing, and refuses other names.  `plain` makes arrays of the stand-ins.  (A
+forged state makes numpy's and scipy's own classes read and write anywhere in memory.)
 
 Axes:  V vertices   F triangles   24 joints   19 keypoints   10 betas   207 pose features
 """
@@ -46,7 +45,7 @@ class StandIn:
     args, state = (), {}
 
     def __init__(self, *args):
-        self.args = args
+        self.args = args[:9]                    # no class here takes more; copies fill the memory
 
     def __setstate__(self, state):              # without it a pickle may set any attribute
         self.state = state
@@ -153,10 +152,7 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 require_size(sum(member.file_size for member in file.zip.infolist()))
                 return {key: np.asarray(file[key]) for key in KEYS if key in file.files}
-        raw = BodyUnpickler(io.BytesIO(content), encoding="latin1").load()
-        if not isinstance(raw, dict):
-            raise ValueError(f"expected a dict of SMPL arrays, found {type(raw).__name__}")
-        for key, value in raw.items():
+        for key, value in BodyUnpickler(io.BytesIO(content), encoding="latin1").load().items():
             if text_of(key) in KEYS:
                 arrays[text_of(key)] = plain(value)
                 require_size(sum(array.size for array in arrays.values()))
@@ -170,7 +166,7 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
 
 
 def approximate_keypoints(template: np.ndarray, J_regressor: np.ndarray) -> np.ndarray:
-    """For official files without HMR's regressor: 19 keypoints from joints and skin -> (19, V).
+    """A regressor of the 19 keypoints for files without HMR's -> (19, V).
 
     Limbs and neck are J_regressor's rows, near the 24 joints.  (LSP's annotators click elsewhere.)
     The face is five vertices, whose numbers in the paper's footnote are one too high, and the
@@ -223,10 +219,8 @@ def checked(raw: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
 
 
 def read_body_file(path: Path) -> dict[str, np.ndarray]:
-    """Read and check an SMPL file, .npz or official .pkl -> the arrays of `smpl.load_body`.
-
-    Raises ValueError with one sentence that names file, key and remedy, or OSError.
-    """
+    """An SMPL file, .npz or official .pkl -> the arrays of `smpl.load_body`, checked.  Raises
+    OSError, or ValueError with one sentence that names file, key and remedy."""
     try:
         if not 0 < path.stat().st_size <= 2 ** 30:
             raise ValueError("an empty file or one of over 1 GiB; get it again")
@@ -243,8 +237,8 @@ def write_plain(source: Path, target: Path) -> None:
     arrays["kintree_table"] = np.stack([arrays.pop("parents"), range(24)])    # as official files
     np.savez_compressed(file, **arrays)
     smpl.write_atomically(target, file.getvalue())
-    print(printable(f"wrote {target}: {len(arrays['v_template']):,} vertices; the licence is that "
-                    f"of the file it was made of"))
+    print(printable(f"wrote {target}, a body of {len(arrays['v_template']):,} vertices under the "
+                    f"licence of {source}"))
 
 
 def main(argv: list[str] | None = None) -> int:
