@@ -4,8 +4,7 @@
     python -m appendix.bench grow --small        # batch, size, depth and body, one at a time
     python -m appendix.bench smpl --rounds 5     # a body of the official size, in milliseconds
 
-step and grow take train.py's flags, but for --steps and --adv.  All times are medians, and what is
-compared is timed in turn, so that both are of one moment.
+step and grow take train.py's flags, but for --steps and --adv.  Times are medians.
 
 Axes:  B bodies or pictures   C channels   V vertices   24 joints   19 keypoints
 """
@@ -30,39 +29,28 @@ from hmr import Discriminator
 from smpl import SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_status
 
 
-def in_turn(ways: dict[str, Callable], rounds: int) -> list[float]:
-    """Each function's median seconds.  All take turns, so that the machine's drift hits them alike.
-    Each runs twice and the second time counts: the first may give back the memory that the function
-    before it left.  Two rounds warm up."""
-    seconds = {name: [] for name in ways}
-    for _, (name, run_once) in itertools.product(range(rounds + 2), ways.items()):
-        for _ in range(2):
-            begun = time.perf_counter()
-            run_once()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            last = time.perf_counter() - begun
-        seconds[name].append(last)
-    return [statistics.median(times[2:]) for times in seconds.values()]
+def in_turn(ways: list[Callable], rounds: int) -> list[float]:
+    """Each function's median seconds.  They take turns, so that the machine's drift hits all alike.
+    Of two calls the second counts: the first may give back memory that the function before it left.
+    Two rounds warm up."""
+    def seconds(run_once: Callable) -> float:
+        begun = time.perf_counter()
+        run_once()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+    table = [[(seconds(way), seconds(way))[1] for way in ways] for _ in range(rounds + 2)]
+    return [statistics.median(of_one) for of_one in zip(*table[2:])]
 
 
-STAGES = ("encoder: forward, backward, Adam", "+ regressor", "+ SMPL and losses",
-          "+ discriminators, L_adv", "+ pictures, motion, rates: the whole step")
-RECORDED = ("recorded: all but pictures, motion, rates", "recorded: the whole step")   # on a GPU
-
-
-def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict, int]:
-    """train()'s step, built up part by part: title -> a function, and how many steps it makes.
-
-    The titles are STAGES, and where train() records its step RECORDED, too.  A function makes one
-    step, or on a GPU as many as the world draws ahead.
-    """
+def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict[str, Callable], int]:
+    """train()'s step, built up part by part: title -> a function, and how many steps it makes, on a
+    GPU as many as the world draws ahead.  The last is train()'s whole step, on a GPU recorded."""
     torch.manual_seed(config.seed)
     model, D = train.build(config, smpl), Discriminator().to(config.device)
     world, numbers = train.training_world(config, smpl), itertools.count()
     D.amp = model.amp
-    opt_E, opt_D = (train.adam(net, rate, config)
-                    for net, rate in ((model, config.lr), (D, config.lr_d)))
+    opt_E, opt_D = train.adam(model, config.lr, config), train.adam(D, config.lr_d, config)
     model.train(), D.train()
     N, without_D = config.iterations * world.batch_size, dataclasses.replace(config, adv=False)
     fixed = world.batch(0), world.motion(N, 0)
@@ -82,70 +70,64 @@ def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict, int]:
         batch, motion = world.batch(number), world.motion(N, number)
         torch.manual_seed(seed_of(config.seed, number, 0))
         step(batch, motion)
-    steps = dict(zip(STAGES, (
-        lambda: part(lambda feature: feature),
-        lambda: part(lambda feature: torch.cat(model.regressor(feature))),
-        lambda: loss(fixed[0], None, without_D), lambda: loss(*fixed), lambda: whole(loss))))
+    steps = {
+        "encoder: forward, backward, Adam": lambda: part(lambda feature: feature),
+        "+ regressor": lambda: part(lambda feature: torch.cat(model.regressor(feature))),
+        "+ SMPL and losses": lambda: loss(fixed[0], None, without_D),
+        "+ discriminators, L_adv": lambda: loss(*fixed),
+        "+ pictures, motion, rates: the whole step": lambda: whole(loss)}
     if train.records(config):
         alone, inside = train.RecordedStep(loss), train.RecordedStep(loss)
-        steps |= dict(zip(RECORDED, (lambda: alone(*fixed), lambda: whole(inside))))
-    return {name: lambda step=step: [step() for _ in range(world.ahead)]
-            for name, step in steps.items()}, world.ahead
+        steps |= {"recorded: all but pictures, motion, rates": lambda: alone(*fixed),
+                  "recorded: the whole step": lambda: whole(inside)}
+    return {title: lambda step=step: [step() for _ in range(world.ahead)]
+            for title, step in steps.items()}, world.ahead
 
 
 def count_calls(run_once: Callable, device: str) -> int:
-    """How often a program asks for work: launches of kernels and graphs on a GPU; on a CPU calls of
-    PyTorch's operators, those that one operator makes of another included."""
-    # The profiler writes no lines of its own.  Some versions crashed when they stopped CUPTI and
-    # started it again beside CUDA graphs.
+    """Launches of kernels and graphs on a GPU; on a CPU calls of PyTorch's operators, those of one
+    operator by another included."""
+    # No lines of the profiler's own; some versions crashed when CUPTI restarted beside CUDA graphs.
     os.environ.update(KINETO_LOG_LEVEL="99", DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
-    is_cuda, kinds = device == "cuda", torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * is_cuda]) as seen:
+    with torch.profiler.profile() as seen:
         run_once()
-        if is_cuda:
-            torch.cuda.synchronize()
-    name = "cu(da)?(Graph)?Launch" if is_cuda else "aten::"
+    name = "cu(da)?(Graph)?Launch" if device == "cuda" else "aten::"
     return sum(bool(re.match(name, call.name)) for call in seen.events())
+
+
+def row(title: str, pictures: int, seconds: float, encoder: float) -> str:
+    return f"{title:42s}{1000 * seconds:9.1f}{seconds / encoder:11.2f}{pictures / seconds:9.1f}"
 
 
 def bench_step(config: train.Config, rounds: int) -> None:
     """Print what the parts of a training step cost and how much they ask for, and inference."""
     smpl = SMPL(config.smpl or None).to(config.device)
-    what = "launches" if config.device == "cuda" else "operators"
-    print(f"ResNet-{config.depth} of width {config.width}, {config.size} px, batch {config.batch}, "
-          f"{train.PRECISION[config.amp]}; {train.device_name(config.device)}; medians of {rounds} "
-          f"rounds\n{'':42s}{'ms':>9s}{'x encoder':>11s}{'img/s':>9s}{what:>11s}")
     model = train.build(config, smpl).eval()
     for B in (1, 64):
         image = torch.rand(B, 3, config.size, config.size, device=config.device)  # (B, 3, H, W)
         with torch.inference_mode():
-            s, = in_turn({"": lambda: model.decode(model.regressor(model.encode(image))[-1], True)},
+            s, = in_turn([lambda: model.decode(model.regressor(model.encode(image))[-1], True)],
                          rounds)
         print(f"{f'inference, {B} at a time, all vertices':42s}{1000 * s:9.1f}{B / s:20.1f}")
     steps, ahead = bench_steps(config, smpl)
-    seconds = in_turn(steps, rounds)            # before they are counted, which slows them
-    for (name, step), s in zip(steps.items(), seconds):
-        print(f"{name:42s}{1000 * s / ahead:9.1f}{s / seconds[0]:11.2f}"
-              f"{config.batch * ahead / s:9.1f}{count_calls(step, config.device) / ahead:11.0f}")
+    seconds = [s / ahead for s in in_turn(list(steps.values()), rounds)]
+    for (title, step), s in zip(steps.items(), seconds):              # counting slows later steps
+        calls = count_calls(step, config.device) / ahead
+        print(row(title, config.batch, s, seconds[0]) + f"{calls:11.0f}")
 
 
 def bench_growth(config: train.Config, rounds: int) -> None:
     """Print how the cost of train()'s whole step grows, one setting at a time."""
     V = len(SMPL(config.smpl or None).v_template)
-    print(f"depth {config.depth}, {config.size} px, batch {config.batch}, V = {V}, but for one; "
-          f"{train.PRECISION[config.amp]}; {train.device_name(config.device)}; medians of {rounds} "
-          f"rounds\n{'':16s}{'ms':>9s}{'x encoder':>11s}{'img/s':>9s}")
     for name, values in (("batch", (1, 4, 16, 64, 256)), ("size", (64, 96, 128, 224)),
                          ("depth", (18, 34, 50, 101, 152)), ("vertices", (V, max(V, 6890)))):
         for value in values:
             of = {name: value} if name != "vertices" else {}
-            smpl = with_vertices(SMPL(config.smpl or None), V if of else value)
-            changed = dataclasses.replace(config, **of)
-            steps, ahead = bench_steps(changed, smpl.to(config.device))
+            smpl = with_vertices(SMPL(config.smpl or None), V if of else value).to(config.device)
+            steps, ahead = bench_steps(changed := dataclasses.replace(config, **of), smpl)
             encoder, *_, whole = steps.values()                       # on a GPU a recorded step
-            encoder, whole = in_turn({"encoder": encoder, "whole": whole}, rounds)
-            print(f"{f'{name} {value}':16s}{1000 * whole / ahead:9.1f}{whole / encoder:11.2f}"
-                  f"{changed.batch * ahead / whole:9.1f}", flush=True)
+            encoder, whole = (s / ahead for s in in_turn([encoder, whole], rounds))
+            print(row(f"{name} {value}", changed.batch, whole, encoder), flush=True)
 
 
 def with_vertices(smpl: SMPL, V: int) -> SMPL:
@@ -180,8 +162,8 @@ def bench_smpl(rounds: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     smpl = with_vertices(SMPL(), 6890).to(device)
     posedirs = smpl.posedirs.flatten(0, 1).T.contiguous()             # (207, 3V)
-    ways = {"textbook": functools.partial(textbook, smpl, posedirs), "full": smpl,
-            "keypoints": functools.partial(smpl, vertices=False)}
+    ways = (functools.partial(textbook, smpl, posedirs), smpl,
+            functools.partial(smpl, vertices=False))
     print(f"V = {len(smpl.v_template):,}, float32, from rotation matrices, medians of {rounds} "
           f"rounds, torch {torch.__version__}, {train.device_name(device.type)}\n"
           "   B  pass       textbook ms    full ms  ratio   keypoints only ms  ratio")
@@ -193,10 +175,9 @@ def bench_smpl(rounds: int) -> None:
             out = [x for x in way(*inputs) if x is not None]
             if backward:                        # a gradient arrives at everything that came out
                 torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
-        a, b, c = (1000 * s for s in in_turn({name: functools.partial(once, way)
-                                              for name, way in ways.items()}, rounds))
-        print(f"{B:4d}  {'f + b' if backward else 'forward':7s} {a:14.2f} {b:10.2f} {a / b:6.1f} "
-              f"{c:19.2f} {a / c:6.1f}", flush=True)
+        a, b, c = in_turn([functools.partial(once, way) for way in ways], rounds)
+        print(f"{B:4d}  {'f + b' if backward else 'forward':7s} {1000 * a:14.2f} {1000 * b:10.2f} "
+              f"{a / b:6.1f} {1000 * c:19.2f} {a / c:6.1f}", flush=True)
 
 
 def run(argv: list[str] | None) -> None:
@@ -209,12 +190,16 @@ def run(argv: list[str] | None) -> None:
     if args.rounds < 1 or torch.distributed.is_torchelastic_launched():
         raise ValueError(f"--rounds {args.rounds}: expected 1 or more, in one process")
     if {"steps", "adv"} & set(given) or args.what == "smpl" and (given or args.small):
-        raise ValueError("--steps, --adv: a bench counts --rounds of the step with the adversary; "
-                         "smpl takes --rounds only")
+        raise ValueError("--steps, --adv: the bench times whole steps; smpl takes --rounds only")
     if args.what == "smpl":
         return bench_smpl(args.rounds)
     given = {"pretrained": "none"} | given      # as dear, and no download
     config = train.make_config(given, train.small_preset(given) if args.small else {})
+    calls = "launches" if config.device == "cuda" else "operators"
+    print(f"ResNet-{config.depth} of width {config.width}, {config.size} px, batch {config.batch}, "
+          f"{train.PRECISION[config.amp]}; {train.device_name(config.device)}; medians of "
+          f"{args.rounds} rounds\n{'ms':>51s}{'x encoder':>11s}{'img/s':>9s}"
+          f"{calls * (args.what == 'step'):>11s}")
     (bench_step if args.what == "step" else bench_growth)(config, args.rounds)
 
 

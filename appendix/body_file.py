@@ -2,12 +2,10 @@
 
     python -m appendix.body_file SMPL_NEUTRAL.pkl body.npz     # writes the project's plain layout
 
-`smpl.load_body` reads the project's own layout and calls `read_body_file` for any other file.  An
-official file is a pickle of Python 2 that holds chumpy's and scipy's objects, and a pickle is a
-program.  `BodyUnpickler` runs it with an inert stand-in for each of the few names that such files
-hold.  It imports nothing, calls nothing, and refuses any other name.  `plain` makes arrays of the
-stand-ins.  (numpy's and scipy's own classes trust a pickled state, and a forged one makes them read
-and write anywhere in memory.)
+An official file is a pickle of Python 2 that holds chumpy's and scipy's objects, and a pickle is a
+program.  `BodyUnpickler` runs it with an inert stand-in for each name that such files hold: it
+imports and calls nothing, and refuses other names.  `plain` makes arrays of the stand-ins.  (A
+forged state makes numpy's and scipy's own classes read and write anywhere in memory.)
 
 Axes:  V vertices   F triangles   24 joints   19 keypoints   10 betas   207 pose features
 """
@@ -26,9 +24,8 @@ import numpy as np
 import smpl
 from smpl import JOINT_NAMES, KEYPOINT_NAMES, PARENTS, printable
 
-CHUMPY = ("Ch", "Select", "Reshape", "transpose")
-SPARSE = ("csc_matrix", "csr_matrix")
-NAMES = ("_reconstruct", "_frombuffer", "ndarray", "dtype", "scalar", *CHUMPY, *SPARSE,
+NAMES = ("_reconstruct", "_frombuffer", "ndarray", "dtype", "scalar", "csc_matrix", "csr_matrix",
+         "Ch", "Select", "Reshape", "transpose",                      # chumpy's
          "_reconstructor", "object", "set", "encode", "bytes")        # Python's own
 KEYS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f",
         "cocoplus_regressor", "mean_pose")      # the last two: HMR's, this project's
@@ -48,7 +45,7 @@ class StandIn:
     args, state = (), {}
 
     def __init__(self, *args):
-        self.args = args[:9]                    # no class here takes more
+        self.args = args[:9]                    # no class here takes more; copies fill the memory
 
     def __setstate__(self, state):              # without it a pickle may set any attribute
         self.state = state
@@ -102,11 +99,10 @@ def array_of(value: StandIn) -> np.ndarray:
     else:                                       # _reconstruct, any array in any protocol
         _, shape, dtype, fortran, data = value.state
         order = "F" if fortran else "C"
-    code = text_of(dtype.args[0])
-    if not re.fullmatch("b1|f[248]|[iu][1248]", code):
+    code = text_of(dtype.state[1]) + text_of(dtype.args[0])           # as "<f8"
+    if not re.fullmatch("[<>|](b1|f[248]|[iu][1248])", code):
         raise ValueError(f"an array of {code!r}, not of numbers")
-    stored = np.dtype(code).newbyteorder(text_of(dtype.state[1]))     # "<", ">" or "|"
-    array = np.frombuffer(text_of(data).encode("latin1"), stored).astype(code, copy=False)
+    array = np.frombuffer(text_of(data).encode("latin1"), code)
     require_size(array.size)                    # a Select by so many bytes is 8 times as large
     if order == "K":                            # numpy 2.3: as in memory, and the order of the axes
         return array.reshape(shape).transpose(*axes)
@@ -114,15 +110,14 @@ def array_of(value: StandIn) -> np.ndarray:
 
 
 def dense(kind: str, part: dict) -> np.ndarray:
-    """scipy's matrix as an array.  numpy itself checks the places, but for negative ones."""
-    data, (rows, columns) = array_of(part["data"]), part.get("_shape") or part["shape"]
-    indices, count = array_of(part["indices"]), np.diff(array_of(part["indptr"]).astype(np.int64))
-    if not 0 < rows * columns < 10 ** 7 or data.shape != indices.shape or indices.min() < 0 or (
-            count.min() < 0 or count.sum() != len(data)):
+    """scipy's matrix as an array.  numpy itself checks counts and places, but for negative ones."""
+    data, indices, starts = (array_of(part[key]) for key in ("data", "indices", "indptr"))
+    count, (rows, columns) = np.diff(starts.astype(np.int64)), part.get("_shape") or part["shape"]
+    if not 0 < rows * columns < 10 ** 7 or indices.min() < 0 or not (
+            data.shape == indices.shape == (count.sum(),)):
         raise ValueError("a sparse matrix whose numbers have no place in it")
-    places = np.repeat(np.arange(len(count)), count), indices         # row, column; csc: swapped
-    matrix = np.zeros((rows, columns))
-    np.add.at(matrix, places[::-1] if kind == "csc_matrix" else places, data)
+    lines, matrix = np.repeat(np.arange(len(count)), count), np.zeros((rows, columns))
+    np.add.at(matrix, (indices, lines) if kind == "csc_matrix" else (lines, indices), data)
     return matrix
 
 
@@ -133,17 +128,15 @@ def plain(value) -> np.ndarray:
         kind = value.args[0].__name__
     if kind in ("_reconstruct", "_frombuffer"):
         return array_of(value)
-    if kind not in CHUMPY + SPARSE:
-        raise ValueError(f"{kind} where numbers should be")
     part = {text_of(key): x for key, x in value.state.items()}
-    if kind in SPARSE:
+    if kind.endswith("_matrix"):
         return dense(kind, part)
     array = plain(part["x" if kind == "Ch" else "a"])
     if kind == "transpose":
         return array.transpose(part.get("axes"))
     if kind == "Select":
         array = array.ravel()[array_of(part["idxs"])]
-    shape = part.get("preferred_shape" if kind == "Select" else "newshape")
+    shape = part.get("preferred_shape", part.get("newshape"))         # Select's, Reshape's
     return array if shape is None else array.reshape(shape)
 
 
@@ -159,10 +152,7 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 require_size(sum(member.file_size for member in file.zip.infolist()))
                 return {key: np.asarray(file[key]) for key in KEYS if key in file.files}
-        raw = BodyUnpickler(io.BytesIO(content), encoding="latin1").load()
-        if not isinstance(raw, dict):
-            raise ValueError(f"expected a dict of SMPL arrays, found {type(raw).__name__}")
-        for key, value in raw.items():
+        for key, value in BodyUnpickler(io.BytesIO(content), encoding="latin1").load().items():
             if text_of(key) in KEYS:
                 arrays[text_of(key)] = plain(value)
                 require_size(sum(array.size for array in arrays.values()))
@@ -176,11 +166,11 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
 
 
 def approximate_keypoints(template: np.ndarray, J_regressor: np.ndarray) -> np.ndarray:
-    """For official files without HMR's regressor: 19 keypoints from joints and skin -> (19, V).
+    """A regressor of the 19 keypoints for files without HMR's -> (19, V).
 
-    Limbs and neck are J_regressor's rows on the posed skin, so they are near the 24 joints.  (LSP's
-    annotators click elsewhere.)  The face is five vertices of the official mesh, whose numbers in
-    the paper's footnote are one too high, and the head's top the highest vertex.
+    Limbs and neck are J_regressor's rows, near the 24 joints.  (LSP's annotators click elsewhere.)
+    The face is five vertices, whose numbers in the paper's footnote are one too high, and the
+    head's top the highest vertex.  Raises ValueError for another mesh than SMPL's.
     """
     if len(template) != 6890:
         raise ValueError("lacks cocoplus_regressor, which can only be approximated for SMPL's own "
@@ -204,8 +194,8 @@ def checked(raw: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
         kind = {16: ", as MANO", 52: ", as SMPL-H", 55: ", as SMPL-X"}.get(len(parents), "")
         raise ValueError(f"kintree_table is not SMPL's tree of 24 joints (this one has "
                          f"{len(parents)}{kind}); use SMPL's own file")
-    if raw["shapedirs"].ndim == 3 and raw["shapedirs"].shape[2] > 10:
-        print(f"{name} has {raw['shapedirs'].shape[2]} betas: the first 10 are used, as in HMR")
+    if (betas := raw["shapedirs"].shape[2:]) > (10,):
+        print(f"{name} has {betas[0]} betas: the first 10 are used, as in HMR")
         raw["shapedirs"] = raw["shapedirs"][:, :, :10]
     V, F = raw["v_template"].size // 3, raw["f"].size // 3
     shapes = {"v_template": (V, 3), "shapedirs": (V, 3, 10), "posedirs": (V, 3, 207), "f": (F, 3),
@@ -229,10 +219,8 @@ def checked(raw: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
 
 
 def read_body_file(path: Path) -> dict[str, np.ndarray]:
-    """Read and check an SMPL file, .npz or official .pkl -> the arrays of `smpl.load_body`.
-
-    Raises ValueError with one sentence that names file, key and remedy, or OSError.
-    """
+    """An SMPL file, .npz or official .pkl -> the arrays of `smpl.load_body`, checked.  Raises
+    OSError, or ValueError with one sentence that names file, key and remedy."""
     try:
         if not 0 < path.stat().st_size <= 2 ** 30:
             raise ValueError("an empty file or one of over 1 GiB; get it again")
@@ -242,15 +230,15 @@ def read_body_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_plain(source: Path, target: Path) -> None:
-    """Write the body of one file in the plain layout.  Raises ValueError, OSError."""
-    if target.exists() or target.suffix != ".npz":
-        raise ValueError(f"{target}: expected the name of a new file, which ends in .npz")
+    """Write the body of one file in the plain layout to a new file.  Raises ValueError, OSError."""
+    if target.exists():
+        raise ValueError(f"{target}: is there already; give the name of a new file")
     arrays, file = smpl.load_body(source), io.BytesIO()
     arrays["kintree_table"] = np.stack([arrays.pop("parents"), range(24)])    # as official files
     np.savez_compressed(file, **arrays)
     smpl.write_atomically(target, file.getvalue())
-    print(printable(f"wrote {target}: {len(arrays['v_template']):,} vertices; the licence is that "
-                    f"of the file it was made of"))
+    print(printable(f"wrote {target}, a body of {len(arrays['v_template']):,} vertices under the "
+                    f"licence of {source}"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,10 @@
 """The ablations: variants that work together, runs that go on, tables and figures of the runs."""
 
+import dataclasses
 import json
 import signal
 
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -29,8 +31,8 @@ def test_the_whole_discriminator_is_as_large_and_weighs_as_much():
 
 
 def test_the_ablation_goes_on_after_an_interruption(tmp_path, monkeypatch, capsys, quick_guesses):
-    out, steps, batch = tmp_path / "ablation", [], data.SyntheticPeople.batch
-    command = ["paper", *TINY, "--variants", "paired+adv,whole", "--out", str(out)]
+    steps, batch = [], data.SyntheticPeople.batch
+    command = ["paper", *TINY, "--variants", "paired+adv,whole", "--out", str(tmp_path)]
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
 
     def noted(world, step):
@@ -44,72 +46,70 @@ def test_the_ablation_goes_on_after_an_interruption(tmp_path, monkeypatch, capsy
     assert ablate.main(command) == 0
     assert steps == [0, 1, 0, 1, 1], "the interrupted step is made again, no other twice"
     assert "paired+adv, seed 0: run 1 of 2 is there" in capsys.readouterr().out
-    weights = weights_of(out / "whole_seed0")["discriminator"]
+    weights = weights_of(tmp_path / "whole_seed0")["discriminator"]
     assert len(weights) == 6, "the variant's D must be the one that trains"
     assert weights["0.bias"].any(), "its biases start at 0: D has not learnt"
 
-    rows = [row.split(",") for row in (out / "ablation.csv").read_text().split("\n")[:-1]]
-    lines = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in (
-        line.split("|")[1:-1] for line in (out / "ablation.md").read_text().split("\n")[2:-1])}
+    rows, table = ((tmp_path / f"ablation.{kind}").read_text("utf-8") for kind in ("csv", "md"))
     for name in ("paired+adv", "whole"):
-        metrics = json.loads((out / f"{name}_seed0" / "metrics.json").read_text(encoding="utf-8"))
-        (row,) = [row for row in rows if row[0] == name and row[2] == "iteration 3"]
-        for n, (key, _) in enumerate(train.MEASURES):
-            close(float(row[3 + n]), metrics[key], 1e-9, f"{key} in the CSV file")
-            assert lines[name][n] == f"{metrics[key]:.1f}", f"{key} in the table"
-    assert lines["truth"][0] == "0.0" and lines.keys() > {"Theta-bar", "mean pose, true heading"}, (
-        "the truth and the lazy guesses belong to the table")
+        metrics = tmp_path / f"{name}_seed0" / "metrics.json"
+        values = [json.loads(metrics.read_text("utf-8"))[key] for key, _ in train.MEASURES]
+        assert f"\n{name},0,iteration 3,{','.join(map(str, values))}," in rows
+        assert f"\n| {name} | {' | '.join(f'{value:.1f}' for value in values)} |" in table
+    for body in ("truth | 0.0", "Theta-bar", "mean pose, true heading"):
+        assert f"\n| {body} |" in table, "the truth and the lazy guesses belong to the table"
     for picture, columns in (("ablation", 2), ("iterations", 5)):
-        with Image.open(out / f"{picture}.png") as image:
+        with Image.open(tmp_path / f"{picture}.png") as image:
             size = columns * ablate.PANEL, 6 * ablate.PANEL + 28
             assert image.size == size, "three people in two rows; input, a column each"
 
-    (out / "whole_seed0" / "metrics.json").write_text('{"config": null}')
+    metrics.write_text(metrics.read_text("utf-8")[:-9], "utf-8")      # not whole any more
     for flags, sentence in ((["--steps", "3"], "with --steps 2, not 3"), (["--no-adv"], "--adv"),
                             (["--variants", "adv,all"], "adv,all: expected"),
-                            (["--seeds", "0"], "--seeds"),
-                            ([], "metrics.json: not the numbers of a finished run; delete it")):
+                            (["--seeds", "0"], "--seeds")):
         assert ablate.main([*command, *flags]) == 2, flags
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1, error
-    assert len(steps) == 5, "a refused command trains nothing"
+    assert ablate.main(command) == 0 and json.loads(metrics.read_text()), "it is measured again"
+    assert len(steps) == 5, "a refused command trains nothing, a finished run no more"
 
 
-def test_the_ablations_spread_is_over_seeds(tmp_path, monkeypatch):
-    all_metrics = {}
+@pytest.mark.parametrize("heads, cells", [
+    ({"heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}, "0.60 ± 0.00 | 0.25 ± 0.00"),
+    ({}, " | ")], ids=["adv", "no-adv"])
+def test_the_ablations_spread_is_over_seeds(tmp_path, monkeypatch, heads, cells):
+    runs = {}
     for seed, mpjpe in ((0, 100.0), (1, 110.0)):
         row = {key: mpjpe for key, _ in train.MEASURES}
-        all_metrics["T=1", seed] = {
+        runs["T=1", seed] = heads | {
             "truth": row, **dict.fromkeys(train.GUESSES, row), "per_iteration": [row],
             "measured_on": "held-out clips", "seconds": 1.0, "device": "none", "torch": "0",
-            "precision": "float32", "heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}
-    configs = {run: tiny(tmp_path, iterations=1) for run in all_metrics}
+            "precision": "float32", "config": tiny(tmp_path, iterations=1)}
     monkeypatch.setattr(ablate, "draw_networks", lambda *_: None)
-    for heads in ("| 0.60 ± 0.00 | 0.25 ± 0.00 |", "|  |  |"):
-        ablate.ablation_report(tmp_path, configs, all_metrics)
-        text = (tmp_path / "ablation.md").read_text(encoding="utf-8")
-        (line,) = [line for line in text.split("\n") if line.startswith("| T=1 |")]
-        assert line.startswith("| T=1 | 105.0 ± 7.1 |"), f"sample deviation of 100 and 110: {line}"
-        assert line.endswith(heads) and "T=1 0, 1" in text and "nan" not in text, line
-        for metrics in all_metrics.values():
-            metrics.pop("heads", None)          # as after --no-adv
+    ablate.ablation_report(tmp_path, runs)
+    text = (tmp_path / "ablation.md").read_text("utf-8")
+    assert "(T=1 0, 1)" in text, "the footing names the seeds"
+    cell = "105.0 ± 7.1 | "                     # the sample deviation of 100 and 110
+    assert f"\n| T=1 | {cell * len(train.MEASURES)}{cells} |\n" in text
 
 
 def test_degradation_measures_four_networks(tmp_path, body, quick_guesses):
     assert ablate.main(["degradation", *TINY, "--variants", "plain-18", "--out",
                         str(tmp_path)]) == 0
-    rows, layers = ([row.split(",") for row in (tmp_path / f"{name}.csv").read_text().split()]
-                    for name in ("degradation", "responses"))
-    assert [row[:3] for row in rows[1:]] == [["plain-18", "0", step] for step in "12"], "log.csv"
-    assert len(layers) == 1 + 16, "18 layers less the first and the last are 3x3"
-    text = (tmp_path / "degradation.md").read_text(encoding="utf-8")
-    (line,) = [line.split("|")[1:-1] for line in text.split("\n") if "plain-18 |" in line]
-    assert float(line[1]) == round(float(rows[2][3]), 2), "loss of the last 10 % of the steps"
+    losses, layers = ((tmp_path / f"{name}.csv").read_text("utf-8").split()[1:]
+                      for name in ("degradation", "responses"))
+    assert [row[:12] for row in losses] == ["plain-18,0,1", "plain-18,0,2"], "log.csv's steps"
+    assert len(layers) == 16, "18 layers less the first and the last are 3x3"
+    text = (tmp_path / "degradation.md").read_text("utf-8")
+    cells = text.split("| plain-18 | ")[1].split(" | ")
+    assert cells[0] == f"{float(losses[1][13:]):.2f}", "loss of the last 10 % of the steps"
     config = train.Config(**weights_of(tmp_path / "plain-18_seed0")["config"])
     assert config.plain and not config.adv and config.depth == 18, "another variant's settings"
     (before, after), responses = ablate.probe(config)
-    assert [cell.strip() for cell in line[3:5]] == [f"{before:.4g}", f"{after:.4g}"], "its columns"
+    assert cells[2:4] == [f"{before:.4g}", f"{after:.4g}"], "its columns"
     assert 0 < before != after > 0, "a gradient that is 0, or that of the same weights"
+    in_float32 = ablate.probe(dataclasses.replace(config, amp="off"))
+    assert in_float32 == ([before, after], responses), "training's precision reached the probe"
     model, _, _ = train.load(tmp_path / "plain-18_seed0" / "checkpoint.pt", device="cpu")
     with torch.no_grad():
         image, e = next(train.evaluation_pictures(config, body)).image, model.encoder
