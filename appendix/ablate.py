@@ -122,7 +122,7 @@ def earlier_part(config: Config) -> tuple[dict | None, dict | None]:
     folder, metrics, checkpoint = Path(config.out), None, None
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        then = dict(metrics["config"])
+        then, _ = dict(metrics["config"]), [metrics[key] for key in (*GUESSES, "truth", "seconds")]
         metrics["config"] = config
     except (OSError, ValueError, KeyError, TypeError):
         if not (folder / "checkpoint.pt").is_file():

@@ -73,12 +73,25 @@ def test_chumpy_arrays_load_without_chumpy(tmp_path, body, capsys):
     assert "300 betas: the first 10" in capsys.readouterr().out
 
 
+# What cPickle of Python 2.7 wrote, with numpy 1.16.6 and chumpy 0.70, for {"v_template":
+# chumpy.array([[1.5, -2], [3, 4]]).T}, protocol 2.  In protocol 0 strings are escaped text.
+PYTHON_2 = (
+    b"\x80\x02}q\x01U\nv_templateq\x02cchumpy.reordering\ntranspose\nq\x03)\x81q\x04}q\x05(U\x01"
+    b"acchumpy.ch\nCh\nq\x06)\x81q\x07}q\x08(U\x0c_make_sparseq\t\x89U\x0b_dirty_varsq\nc__built"
+    b"in__\nset\nq\x0b]q\x0cU\x01xa\x85Rq\rU\x04_itrq\x0eNU\x10_depends_on_depsq\x0f}q\x10U\x0b_"
+    b"make_denseq\x11\x89U\x01xcnumpy.core.multiarray\n_reconstruct\nq\x12cnumpy\nndarray\nq\x13"
+    b"K\x00\x85U\x01b\x87Rq\x14(K\x01K\x02K\x02\x86cnumpy\ndtype\nq\x15U\x02f8K\x00K\x01\x87Rq"
+    b"\x16(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U \x00\x00\x00\x00\x00\x00"
+    b"\xf8?\x00\x00\x00\x00\x00\x00\x00\xc0\x00\x00\x00\x00\x00\x00\x08@\x00\x00\x00\x00\x00\x00"
+    b"\x10@tbubU\x0c_make_sparseq\x17\x89h\nh\x0b]q\x18U\x01aa\x85Rq\x19h\x0eNh\x0f}q\x1aU\x0b_m"
+    b"ake_denseq\x1b\x89ubs.")
 ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
 ARRAY_OF = b"(dS'f'\n" + ARRAY + b"(I1\n", b"tbs."
 BYTES = b"(I%d\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\ntbI00\n"
 
 
 def test_what_python_2_wrote_loads():
+    assert read_arrays(PYTHON_2)["v_template"].tolist() == [[1.5, 3], [-2, 4]], "protocol 2"
     text = (BYTES % 3 + b"S'\\x00\\xff\\n'\n").join(ARRAY_OF)       # protocol 0: escaped text
     assert read_arrays(text)["f"].tolist() == [0, 255, 10]
 
