@@ -38,69 +38,12 @@ from appendix.ablate import draw_points
 from appendix.datasets import (COCO_NAMES, CONFIDENT, NOBODY, coco_person, cut_window, labelled,
                                person_points, person_window, read_json, read_picture)
 from appendix.spin import Network, load_network
-from hmr import (CAM, HMR, POSE, Discriminator, HMROutput, discriminator_loss, mean_theta,
-                 project)
+from hmr import CAM, HMR, POSE, Discriminator, HMROutput, discriminator_loss, mean_theta, project
 from smpl import (KEYPOINT_NAMES, SMPL, batch_rodrigues, exit_status, load_tensors, plain_file,
                   printable, save_obj, say, write_atomically)
 
 # --------------------------------------------------------------------------------------------
-# 1. From the photo to the crop and back
-
-
-class Window(NamedTuple):
-    """A square of the photo, in the photo's pixels: what the network sees."""
-    center: Tensor            # (2,) x, y
-    side: float
-
-
-class Person(NamedTuple):
-    """One person of the photo: 2D keypoints, or a box and no visible keypoint."""
-    number: int               # from 1, in the file's order
-    keypoints: Tensor         # (19, 2) pixels of the photo
-    visible: Tensor           # (19,) 1 = labelled, occluded or not
-    box: Tensor | None        # (4,) x, y, w, h, if there are no keypoints
-
-
-# The diagonal of a person's box (of the skin) over that of the box of the 19 keypoints, from which
-# training's crops are made: 1.13 (mean of 512 drawn people, upright clips) to 1.16 (all clips).
-BOX = 1.15
-
-
-def window_of(person: Person, crop: str = "official") -> Window:
-    """Where a person is cut out: as crop_person does; a box gives people of the same size.
-
-    crop "spin": by SPIN's demo, the box's longer side or 1.2 times the keypoints' about their mean.
-    """
-    if person.box is not None:
-        middle, wh = person.box[:2] + person.box[2:] / 2, person.box[2:]          # (2,) each
-        return Window(middle, float(wh.max()) if crop == "spin" else
-                      224 / data.CROPS[crop][0] * float(wh.norm()) / BOX)
-    middle, side = person_window(person.keypoints, person.visible, crop)          # (2,)
-    mean = person.keypoints[person.visible > 0].mean(0)               # (2,)
-    return Window(mean if crop == "spin" else middle, side)
-
-
-def camera_of_photo(cam: Tensor, window: Window) -> Tensor:
-    """cam (B, 3) of the crop -> (B, 3) = S, tx, ty of the photo: pixel = S (X + t).
-
-    center + side / 2 * s (X + t) = S (X + t + center / S) with S = side / 2 * s, pixels a metre.
-    """
-    S = cam[:, :1] * window.side / 2                                  # (B, 1)
-    return torch.cat([S, cam[:, 1:] + window.center / S], 1)          # (B, 3)
-
-
-def perspective(cam: Tensor, size: float) -> tuple[float, Tensor]:
-    """The pinhole camera nearest to a weak-perspective one -> f in pixels, translation (3,).
-
-    cam (3,) of a square of `size` pixels about the principal point.  f (X + tx) / (Z + tz) pixels
-    are the loss's s (X + tx) size / 2 if |Z| << tz = 2 f / (size s).  f is the official renderer's.
-    """
-    f = 500 * size / 224
-    return f, torch.cat([cam[1:], 2 * f / (size * cam[:1])])          # (3,)
-
-
-# --------------------------------------------------------------------------------------------
-# 2. A body for 2D keypoints without an encoder: the paper's objective, Theta by gradient descent
+# 1. A body for 2D keypoints without an encoder: the paper's objective, Theta by gradient descent
 
 # The official code's weights are 60 and 1.  0.1 is our choice: at 1 Theta is pulled away from what
 # the points say, below 0.1 more and more joints leave the recorded range (appendix/README.md).
@@ -127,23 +70,24 @@ def fit(model: HMR, D: Discriminator, target: Tensor, visible: Tensor, weight_ad
     shift = (there_low + there_high) / 2 / scale[:, None] - (low + high) / 2      # (B, 2)
     theta[:, CAM] = torch.cat([scale[:, None], shift], 1)
 
-    def losses() -> tuple[Tensor, Tensor, Tensor]:                    # (B,) each
+    def losses() -> dict[str, Tensor]:                                # (B,) each
         out = model.decode(theta)
         error = (out.keypoints2d - target).abs().sum(-1) * seen       # (B, 19)
         L_kp = error.sum(1) / (2 * seen.sum())                        # Eq. (3) of one picture
         L_adv = (D(out.rotmats[:, 1:], out.betas) - 1).square().sum(1)            # Eq. (7)
-        return train.Config.weight_kp * L_kp + weight_adv * L_adv, L_kp, L_adv    # Eq. (1)
+        return {"loss": train.Config.weight_kp * L_kp + weight_adv * L_adv,       # Eq. (1)
+                "L_kp": L_kp, "L_adv": L_adv}
 
     cycle = train.Config(schedule="onecycle", steps=steps)
     optimizer = torch.optim.Adam([theta.requires_grad_()], lr=0.03)   # our choice
     for step in range(steps):
         train.set_rate(optimizer, 0.03 * train.lr_factor(step, cycle))
-        theta.grad, = torch.autograd.grad(losses()[0].sum(), theta)   # the B bodies are independent
+        loss = losses()["loss"].sum()                                 # the bodies are independent
+        theta.grad, = torch.autograd.grad(loss, theta)                # (B, 157)
         optimizer.step()
-    loss, L_kp, L_adv = (x.detach() for x in losses())                # (B,) each
-    found = {"loss": loss, "L_kp": L_kp, "L_adv": L_adv, "heading": angle.rad2deg()}
-    best = loss.argsort()                                             # (B,)
-    return theta.detach()[best], {key: x[best] for key, x in found.items()}       # (B, 157)
+    found = losses() | {"heading": angle.rad2deg()}                   # (B,) each
+    best = found["loss"].argsort()                                    # (B,)
+    return theta.detach()[best], {key: x[best].detach() for key, x in found.items()}  # (B, 157)
 
 
 def spoil(rotmats: Tensor, betas: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -202,35 +146,48 @@ def kept_discriminators(smpl: SMPL, **settings) -> Discriminator:
 
 
 # --------------------------------------------------------------------------------------------
-# 3. Who is in the photo: torchvision's detector, or a file of keypoints
+# 2. Who is in the photo: torchvision's detector, or a file of keypoints
+
+class Person(NamedTuple):
+    """One person of the photo, and the square of the photo that the network sees of them."""
+    number: int               # from 1, in the file's order
+    keypoints: Tensor         # (19, 2) pixels of the photo
+    visible: Tensor           # (19,) 1 = labelled, occluded or not; of a box: all 0
+    center: Tensor            # (2,) the square's, pixels of the photo
+    side: float
+
 
 SURE, POINT_SCORE = 0.9, 2.0      # of a person; of a point, the logit of its place (our choice)
 
 
 def load_detector(device: str) -> nn.Module:
     """torchvision's Keypoint R-CNN with COCO's weights, downloaded once.  Raises ValueError."""
-    network = detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-    network.load_state_dict(train.downloaded(
-        detection.KeypointRCNN_ResNet50_FPN_Weights.COCO_V1, "--fit",
-        "or name the people's keypoints by --keypoints FILE.json"))
-    network.apply(lambda module: setattr(module, "eps", 0.0))   # batch norm's, as torchvision does
-    return network.eval().to(device)
+    weights = detection.KeypointRCNN_ResNet50_FPN_Weights.COCO_V1
+    # torchvision's own loading, below, neither says what to do nor refuses a pickle that runs code
+    train.downloaded(weights, "--fit", "or name the people's keypoints by --keypoints FILE.json")
+    return detection.keypointrcnn_resnet50_fpn(weights=weights).eval().to(device)
 
 
-def detect(network: nn.Module, image: Tensor, name: str) -> dict:
-    """The people in a photo (3, H, W) as COCO's annotation file has them, surest first."""
+def detect(photo: Path, device: str) -> dict:
+    """The people in a photo, as COCO's annotation file has them.  Raises ValueError."""
+    image = read_picture(photo, turn=True).to(device) / 255           # (3, H, W)
     with torch.inference_mode():
-        found = {key: x.cpu() for key, x in network([image])[0].items()}
+        found = load_detector(device)([image])[0]
     labels = 2 * (found["keypoints_scores"] > POINT_SCORE)            # (n, 17)
-    rows = torch.cat([found["keypoints"][..., :2], labels[..., None]], 2)         # (n, 17, 3)
+    points = torch.cat([found["keypoints"][..., :2], labels[..., None]], 2)       # (n, 17, 3)
     low, high = found["boxes"].split(2, 1)                            # (n, 2) each
-    rows = torch.cat([low, high - low, rows.flatten(1)], 1).double().round(decimals=1)  # (n, 55)
+    rows = torch.cat([low, high - low, points.flatten(1)], 1).double().round(decimals=1)  # (n, 55)
     people = [{"id": n, "image_id": 1, "category_id": 1, "iscrowd": 0, "score": score,
                "bbox": row[:4], "keypoints": row[4:]}
               for n, (score, row) in enumerate(zip(found["scores"].tolist(), rows.tolist()), 1)
               if score >= SURE]
+    if not people:
+        raise ValueError(f"{photo}: the detector finds no people of a score of {SURE} or more; "
+                         f"name their keypoints by --keypoints FILE.json")
+    scores = ", ".join(f"{person['score']:.3f}" for person in people)
+    say(f"found by torchvision's Keypoint R-CNN: people of scores {scores}")
     H, W = image.shape[1:]
-    return {"images": [{"id": 1, "file_name": name, "width": W, "height": H}],
+    return {"images": [{"id": 1, "file_name": photo.name, "width": W, "height": H}],
             "categories": [{"id": 1, "name": "person", "keypoints": COCO_NAMES}],
             "annotations": people}
 
@@ -272,26 +229,31 @@ def annotations_of(content, photo: Path) -> tuple[list, dict, tuple[int, int] | 
             person_points(content), size if all(size) else None)
 
 
-def person_of(number: int, rows: np.ndarray, image: Tensor) -> Person:
-    """rows (19, 3) x, y, visible in whole pixels -> Person.  Raises ValueError: who is left out."""
+def person_of(number: int, rows: np.ndarray, size: tuple[int, int], crop: str) -> Person:
+    """rows (19, 3) x, y, visible in whole pixels, in a photo of size W, H -> Person.
+
+    crop: of data.CROPS, or "spin": SPIN's demo has the points' mean in the middle.  Raises
+    ValueError: why the person is left out.
+    """
     seen = labelled(rows[:, 2]) & (np.abs(rows) < 1e6).all(1)         # (19,) NaN is not below
     if seen.sum() < 6:
         raise ValueError(f"{seen.sum()} labelled points, 6 needed (confidences below {CONFIDENT} "
                          f"do not count)")
     points = torch.from_numpy(np.where(seen[:, None], rows[:, :2] + 0.5, 0)).float()      # (19, 2)
-    visible, size = torch.from_numpy(seen).float(), torch.tensor(image.shape[:0:-1])      # (19,)
-    person_window(points, visible)                                    # raises for a few pixels
-    if (points[seen].amax(0) < 0).any() or (points[seen].amin(0) >= size).any():
-        raise ValueError(f"all points lie outside the photo of {size.tolist()} pixels, x and y")
-    return Person(number, points, visible, None)
+    visible, found = torch.from_numpy(seen).float(), points[seen]     # (19,), (n, 2)
+    center, side = person_window(points, visible, crop)               # (2,) raises for a few pixels
+    if (found.amax(0) < 0).any() or (found.amin(0) >= torch.tensor(size)).any():
+        raise ValueError(f"all points lie outside the photo of {list(size)} pixels, x and y")
+    return Person(number, points, visible, found.mean(0) if crop == "spin" else center, side)
 
 
-def people_of(path: Path, photo: Path) -> tuple[Tensor, list[Person | None]]:
+def people_of(path: Path, photo: Path, crop: str) -> tuple[Tensor, list[Person | None]]:
     """The photo (3, H, W) in [0, 1], and its people by a keypoint file, in the file's order.
 
     Crowds and animals do not count.  Who has fewer than 6 labelled points (Sec. 4), is smaller
     than 5 pixels or outside the photo is named, and None.  Raises FileNotFoundError, ValueError.
     """
+    say(f"people of {printable(path)}")
     content, people = read_json(path, KEYPOINT_FILES), []
     try:
         rows, names, size = annotations_of(content, photo)
@@ -301,7 +263,8 @@ def people_of(path: Path, photo: Path) -> tuple[Tensor, list[Person | None]]:
     image = read_picture(photo, size, turn=True).float() / 255        # (3, H, W)
     for row in rows:
         try:
-            people.append(person_of(len(people) + 1, coco_person(row, names)[0], image))
+            points, _ = coco_person(row, names)                       # (19, 3)
+            people.append(person_of(len(people) + 1, points, image.shape[:0:-1], crop))
         except ValueError as error:
             if error.args != (NOBODY,):
                 people.append(None)
@@ -312,47 +275,36 @@ def people_of(path: Path, photo: Path) -> tuple[Tensor, list[Person | None]]:
     return image, people
 
 
-def person_in_box(text: str, W: int, H: int) -> Person:
-    """--bbox x,y,w,h -> the person of a photo of W x H pixels.  Raises ValueError."""
+# The diagonal of a person's box (of the skin) over that of the box of the 19 keypoints, from which
+# training's crops are made: 1.13 (mean of 512 drawn people, upright clips) to 1.16 (all clips).
+BOX = 1.15
+
+
+def person_in_box(text: str | None, photo: Path, crop: str) -> tuple[Tensor, list[Person]]:
+    """--bbox x,y,w,h, or None: all of the photo -> the photo (3, H, W) in [0, 1], and its person.
+
+    crop "spin": SPIN's demo cuts out the box's longer side.  Raises FileNotFoundError, ValueError.
+    """
+    image = read_picture(photo, turn=True).float() / 255              # (3, H, W)
+    H, W = image.shape[1:]
+    if not text:
+        say("no --bbox and no --keypoints: the whole photo is taken for one person")
+        text = f"0,0,{W},{H}"
     with contextlib.suppress(ValueError):
-        x, y, w, h = box = [float(number) for number in text.split(",")]
-        if min(w, h) > 0 and 5 <= math.hypot(w, h) < math.inf and -w < x < W and -h < y < H:
-            return Person(1, torch.zeros(19, 2), torch.zeros(19), torch.tensor(box))
+        x, y, w, h = [float(number) for number in text.split(",")]
+        length = math.hypot(w, h)
+        if min(w, h) > 0 and 5 <= length < math.inf and -w < x < W and -h < y < H:
+            center = torch.tensor([x + w / 2, y + h / 2])             # (2,)
+            side = max(w, h) if crop == "spin" else 224 / data.CROPS[crop][0] * length / BOX
+            return image, [Person(1, torch.zeros(19, 2), torch.zeros(19), center, side)]
     raise ValueError(f"--bbox {text.strip()}: expected four numbers x,y,w,h, a box of at least 5 "
                      f"pixels, not outside the photo of {W} x {H} pixels")
-
-
-def find_people(args: argparse.Namespace, sha256: str) -> tuple[Tensor, list[Person | None]]:
-    """`people_of` --keypoints, or of what the detector finds or has found; or a box."""
-    path = args.keypoints
-    if args.fit and not path:
-        path = args.out / f"{args.photo.stem}_keypoints.json"
-        require_free(args.out, path.stem, sha256)
-    if path and (args.keypoints or path.exists()):
-        say(f"people of {printable(path)}")
-        return people_of(path, args.photo)
-    image = read_picture(args.photo, turn=True).float() / 255         # (3, H, W)
-    if path:
-        device = train.settle(train.Config(device=args.device)).device
-        found = detect(load_detector(device), image.to(device), args.photo.name)
-        scores = ", ".join(f"{person['score']:.3f}" for person in found["annotations"])
-        if not scores:
-            raise ValueError(f"{args.photo}: the detector finds no people of a score of {SURE} or "
-                             f"more; name their keypoints by --keypoints FILE.json")
-        say(f"found by torchvision's Keypoint R-CNN: people of scores {scores}")
-        write_atomically(path, json.dumps(found | {"photo_sha256": sha256}, indent=1).encode())
-        return people_of(path, args.photo)
-    if not args.bbox:
-        say("no --bbox and no --keypoints: the whole photo is taken for one person")
-    H, W = image.shape[1:]
-    return image, [person_in_box(args.bbox or f"0,0,{W},{H}", W, H)]
 
 
 # ============================================================================================
 # Not needed to understand HMR: pictures and files, the command line.
 
-def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
-           person: Person) -> Tensor:
+def panels(image: Tensor, body: HMROutput, faces: Tensor, person: Person) -> Tensor:
     """input | overlay in the full photo | turned by 90 | by 180 degrees -> (3, h, 2w + 2h).
 
     body: of one person, drawn by the loss's own camera.  White circles are the given keypoints, red
@@ -362,9 +314,9 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
     L = min(side, 1024)
     h, w = (max(1, round(length * L / side)) for length in image.shape[1:])
     canvas = cut_window(image, torch.full((2,), side / 2), side, L)   # (3, L, L)
-    S, t = camera_of_photo(body.cam, window).split([1, 2], 1)         # (1, 1), (1, 2)
-    s = S * 2 / side                                                  # (1, 1)
-    cam = torch.cat([s, t - 1 / s], 1)                                # (1, 3) of the canvas
+    s = body.cam[:, :1] * person.side / side                          # (1, 1)
+    shift = (2 * person.center / side - 1) / s                        # (1, 2)
+    cam = torch.cat([s, body.cam[:, 1:] + shift], 1)                  # (1, 3) of the canvas
     overlay = data.draw_mesh(body.vertices, faces, cam, L, canvas[None])[0]       # (3, L, L)
     seen, radius = person.visible > 0, max(2.0, h / 150)              # (19,)
     given = person.keypoints[seen] * 2 / side - 1                     # (n, 2)
@@ -379,30 +331,42 @@ def panels(image: Tensor, body: HMROutput, faces: Tensor, window: Window,
     return torch.cat([canvas[:, :h, :w], overlay[:, :h, :w], *views], 2)
 
 
-def describe(body: HMROutput, window: Window, size: int) -> dict:
+def perspective(cam: Tensor, size: float) -> tuple[float, Tensor]:
+    """The pinhole camera nearest to a weak-perspective one -> f in pixels, translation (3,).
+
+    cam (3,) of a square of `size` pixels about the principal point.  f (X + tx) / (Z + tz) pixels
+    are the loss's s (X + tx) size / 2 if |Z| << tz = 2 f / (size s).  f is the official renderer's.
+    """
+    f = 500 * size / 224
+    return f, torch.cat([cam[1:], 2 * f / (size * cam[:1])])          # (3,)
+
+
+def describe(body: HMROutput, person: Person, size: int) -> dict:
     """One body in numbers.  Camera frame (x right, y down, z away), metres; pixel i of the photo
-    covers [i, i + 1), the crop is [-1, 1] in both directions; cameras are s, tx, ty."""
+    covers [i, i + 1), the crop is [-1, 1] in both directions; cameras are s, tx, ty, and
+    center + side / 2 * s (X + t) = S (X + t + center / S) with S = side / 2 * s, pixels a metre."""
+    center, side = person.center, person.side                         # (2,)
     f, translation = perspective(body.cam[0], size)                   # (3,)
+    S = body.cam[0, :1] * side / 2                                    # (1,)
     rotmats = body.rotmats[0].double().numpy()                        # (24, 3, 3)
-    joints2d, keypoints2d = (window.center + window.side / 2 * project(x, body.cam)[0]
-                             for x in (body.joints, body.keypoints3d))      # (24, 2), (19, 2)
     return {
-        "crop_pixels": size, "window": window._asdict(),
-        "camera": {"crop": body.cam[0], "photo": camera_of_photo(body.cam, window)[0]},
-        "perspective": {"f_crop": f, "f_photo": f * window.side / size,
-                        "principal_point_photo": window.center, "translation": translation},
+        "crop_pixels": size, "window": {"center": center, "side": side},
+        "camera": {"crop": body.cam[0], "photo": torch.cat([S, body.cam[0, 1:] + center / S])},
+        "perspective": {"f_crop": f, "f_photo": f * side / size,
+                        "principal_point_photo": center, "translation": translation},
         "pose": Rotation.from_matrix(rotmats).as_rotvec(), "betas": body.betas[0],
         "joints3d": body.joints[0], "keypoints3d": body.keypoints3d[0],
-        "joints2d_photo": joints2d, "keypoints2d_photo": keypoints2d}
+        "joints2d_photo": center + side / 2 * project(body.joints, body.cam)[0],
+        "keypoints2d_photo": center + side / 2 * body.keypoints2d[0]}
 
 
-def fit_and_print(network: Network, person: Person, window: Window,
-                  weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+def fit_and_print(network: Network, person: Person, weight: float
+                  ) -> tuple[Tensor, dict[str, Tensor]]:
     """One person's best fit: Theta (1, 157) and its numbers.  The table shows all headings."""
     device = network.config.device
-    target = ((person.keypoints - window.center) * 2 / window.side).to(device)    # (19, 2)
+    target = ((person.keypoints - person.center) * 2 / person.side).to(device)    # (19, 2)
     theta, found = fit(network.model, network.D, target, person.visible.to(device), weight)
-    recorded = train.recorded_rotations(train.Config(), device)   # (2M, 23, 9)
+    recorded = train.recorded_rotations(train.Config(), device)       # (2M, 23, 9)
     odd = train.monstrosity(network.model.decode(theta), recorded)    # as in train.py's table
     say(f"person {person.number} + {weight} L_adv  60 L_reproj   L_adv  px an axis  outside %  "
         f"mocap deg   heading at the start")
@@ -415,16 +379,16 @@ def fit_and_print(network: Network, person: Person, window: Window,
 def show(args: argparse.Namespace, network: Network, image: Tensor, person: Person,
          stem: str, numbers: dict) -> bool:
     """One person: find Theta, decode it, write what came out.  Returns: is there a body?"""
-    model, size, window = network.model, network.config.size, window_of(person, network.crop)
+    model, size = network.model, network.config.size
     if args.fit:
-        fits = [fit_and_print(network, person, window, weight)
-                for weight in (WEIGHT_ADV, 0.0)[:1 + args.sheet]]
-        thetas, numbers = [theta for theta, _ in fits], numbers | {"fit": fits[0][1]}
+        thetas, found = zip(*[fit_and_print(network, person, weight)
+                              for weight in (WEIGHT_ADV, 0.0)[:1 + args.sheet]])
+        numbers = numbers | {"fit": found[0]}
     else:
         beyond = "zeros" if network.crop == "spin" else "border"      # the edge is repeated
-        crop = cut_window(image, *window, size, beyond).clamp(0, 1)   # (3, size, size)
+        crop = cut_window(image, person.center, person.side, size, beyond)[None].clamp(0, 1)
         with torch.inference_mode():
-            thetas = [model(crop[None].to(network.config.device))[0][-1]]         # (1, 85 or 157)
+            thetas = [model(crop.to(network.config.device))[0][-1]]               # (1, 85 or 157)
     with torch.inference_mode():
         bodies = [HMROutput(*(x.cpu() for x in model.decode(theta, vertices=True)))
                   for theta in thetas]
@@ -432,13 +396,13 @@ def show(args: argparse.Namespace, network: Network, image: Tensor, person: Pers
     if not body.vertices.abs().max() < 1e6 or not 1e-3 < s < 1e6:     # NaN, too
         say(f"person {person.number} is left out: no body found (camera scale {s:.3g})")
         return False
-    drawn = [panels(image, one, faces, window, person) for one in bodies]
+    drawn = [panels(image, one, faces, person) for one in bodies]
     data.save_png(args.out / f"{stem}.png", drawn[0])
     if len(drawn) > 1:
         data.save_png(args.out / f"{stem}_fits.png", torch.cat(drawn, 1))
     # y up, as modelling programs expect: half a turn about x
     save_obj(args.out / f"{stem}.obj", body.vertices[0] * torch.tensor([1.0, -1, -1]), faces)
-    numbers = numbers | {"body": model.smpl.name} | describe(body, window, size)
+    numbers = numbers | {"body": model.smpl.name} | describe(body, person, size)
     write_atomically(args.out / f"{stem}.json", json.dumps(
         numbers, indent=1, allow_nan=False, default=lambda array: array.tolist()).encode())
     say(f"wrote {printable(args.out / stem)}.png, .obj, .json" + ", _fits.png" * (len(drawn) > 1))
@@ -459,8 +423,22 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--bbox: --fit needs 2D keypoints; leave --bbox out, and the people are "
                          "found, or name their points by --keypoints FILE.json")
     sha256 = hashlib.sha256(plain_file(args.photo, "a picture").read_bytes()).hexdigest()
-    image, people = find_people(args, sha256)
-    wanted = {args.photo.stem + f"_{person.number}" * (len(people) > 1): person
+    if args.fit:
+        config = train.settle(train.Config(device=args.device, rotation="6d"))
+        model = HMR(SMPL(args.smpl), depth=18, rotation="6d").to(config.device).eval()
+        network = Network(model, None, config, "official", "no pictures")         # for `decode`
+    else:
+        network = load_network(args.checkpoint, args.smpl, args.device)
+    path, stem = args.keypoints, args.photo.stem
+    if args.fit and not path:
+        path = args.out / f"{stem}_keypoints.json"
+        require_free(args.out, path.stem, sha256)
+        if not path.exists():
+            found = detect(args.photo, config.device) | {"photo_sha256": sha256}
+            write_atomically(path, json.dumps(found, indent=1).encode())
+    image, people = (people_of(path, args.photo, network.crop) if path else
+                     person_in_box(args.bbox, args.photo, network.crop))
+    wanted = {stem + f"_{person.number}" * (len(people) > 1): person
               for person in people if person and args.person in (None, person.number)}
     if not wanted:
         raise ValueError(f"--person {args.person}: left out, or not one of the {len(people)} in "
@@ -468,12 +446,7 @@ def run(args: argparse.Namespace) -> None:
     for stem in wanted:
         require_free(args.out, stem, sha256)
     if args.fit:
-        config = train.settle(train.Config(device=args.device, rotation="6d"))
-        smpl = SMPL(args.smpl).to(config.device)
-        model = HMR(smpl, depth=18, rotation="6d").to(config.device).eval()       # for `decode`
-        network = Network(model, kept_discriminators(smpl), config, "official", "no pictures")
-    else:
-        network = load_network(args.checkpoint, args.smpl, args.device)
+        network = network._replace(D=kept_discriminators(model.smpl))
     if network.world.startswith(data.SyntheticPeople.name):
         say("a network trained on drawn people is not expected to work on photographs")
     numbers = {"photo": args.photo.name, "photo_sha256": sha256, "photo_pixels": image.shape[:0:-1]}

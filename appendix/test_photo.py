@@ -3,6 +3,7 @@
 Fixtures and `close` are test_hmr.py's.
 """
 
+import functools
 import json
 import math
 import re
@@ -55,10 +56,10 @@ def drawn_people(body, size: int, n: int) -> data.Batch:
                                 mix=False, seed=5).batch(0)
 
 
-def by_box(points: Tensor) -> photo.Person:
-    """A person who is known by the box of these points (.., 2)."""
-    low, high = points.aminmax(dim=0)
-    return photo.Person(1, torch.zeros(19, 2), torch.zeros(19), torch.cat([low, high - low]))
+def box_of(points: Tensor) -> str:
+    """--bbox about points (.., 2)."""
+    low, high = points.aminmax(dim=0)                                 # (2,) each
+    return ",".join(map(str, [*low.tolist(), *(high - low).tolist()]))
 
 
 def picture(path: Path, H=60, W=80, color="black", **options) -> Path:
@@ -94,25 +95,22 @@ def test_the_pinhole_camera_sees_what_the_losses_camera_sees():
     close(photo.perspective(cam, 48)[1], t, 1e-4, "as far away, however fine the crop is")
 
 
-def test_a_keypoint_crop_is_crop_persons_or_spins():
-    image, keypoints, visible = torch.rand(3, 90, 160), torch.zeros(19, 2), torch.zeros(19)
-    keypoints[[0, 3, 14]] = torch.tensor([[60.0, 80], [70, 50], [72, 12]])        # with an ankle
-    visible[[0, 3, 14]] = 1
-    person = photo.Person(1, keypoints, visible, None)
-    expected, _ = datasets.crop_person(image, keypoints, visible, 64)
-    close(datasets.cut_window(image, *photo.window_of(person), 64), expected, 1e-5, "the picture")
-    center, side = photo.window_of(person, "spin")
-    close(center, [(60 + 70 + 72) / 3, (80 + 50 + 12) / 3], 1e-4, "SPIN's demo: the points' mean")
-    assert side == pytest.approx(1.2 * 68)
+def test_spins_crop_is_its_demos():
+    rows = np.zeros((19, 3))
+    rows[:6] = [[60 + 2 * i, 80 - 2 * i * i, 1] for i in range(6)]
+    person = photo.person_of(1, rows, (160, 90), "spin")
+    close(person.center, [65.5, 80.5 - 55 / 3], 1e-4, "the points' mean")
+    assert person.side == pytest.approx(1.2 * 50), "the longer side"
 
 
-def test_a_box_crop_shows_people_as_large_as_training_does(body):
+def test_a_box_crop_shows_people_as_large_as_training_does(body, one):
     """A box holds the skin, keypoints lie inside: of the same people, both crops are alike."""
     batch, ratios = drawn_people(body, 16, 64), []
     skin = hmr.project(body(batch.betas, batch.rotmats).vertices, batch.cam)      # (64, V, 2)
-    for points, keypoints in zip(100 * skin, 100 * batch.keypoints2d):
-        person = photo.Person(1, keypoints, torch.ones(19), None)
-        ratios.append(photo.window_of(by_box(points)).side / photo.window_of(person).side)
+    for points, keypoints in zip(30 + 30 * skin, 30 + 30 * batch.keypoints2d):
+        _, (in_box,) = photo.person_in_box(box_of(points), one, "official")
+        rows = np.column_stack([keypoints, np.ones(19)])              # (19, 3)
+        ratios.append(in_box.side / photo.person_of(1, rows, (80, 60), "official").side)
     assert 0.95 < sum(ratios) / 64 < 1.05, f"{sum(ratios) / 64:.3f} times the keypoint crop's side"
 
 
@@ -127,7 +125,7 @@ def coco(*people, name="one.png", **more) -> dict:
 
 
 def people_of(content, file: Path) -> list[photo.Person | None]:
-    return photo.people_of(written(file.parent / "points.json", content), file)[1]
+    return photo.people_of(written(file.parent / "points.json", content), file, "official")[1]
 
 
 def places_of(person: photo.Person, names) -> dict[str, list[float] | None]:
@@ -196,27 +194,20 @@ def test_a_photo_is_turned_as_its_labels_are(tmp_path):
     one, file = picture(tmp_path / "one.png", exif=exif), tmp_path / "k.json"
     for size, shape in (({}, (80, 60)), (dict(width=60, height=80), (80, 60)),
                         (dict(width=80, height=60), (60, 80))):
-        assert photo.people_of(written(file, coco(GOOD, **size)), one)[0].shape[1:] == shape, size
+        image, _ = photo.people_of(written(file, coco(GOOD, **size)), one, "official")
+        assert image.shape[1:] == shape, size
 
 
 # ============================================================================================
 # The detector
 
 def test_the_detector_is_torchvisions_and_says_why_it_is_not_there(monkeypatch, one, refused):
-    theirs = detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    small = functools.partial(detection.keypointrcnn_resnet50_fpn, min_size=64)   # it is faster
+    monkeypatch.setattr(detection, "keypointrcnn_resnet50_fpn", small)
     weights = detection.KeypointRCNN_ResNet50_FPN_Weights
-    state = {key: x for key, x in theirs.state_dict().items()
-             if not key.endswith("num_batches_tracked")}              # as the published file
+    state = small(weights=None, weights_backbone=None).state_dict()
     monkeypatch.setattr(weights, "get_state_dict", lambda self, **_: state)
-    ours, theirs = photo.load_detector("cpu"), detection.keypointrcnn_resnet50_fpn(
-        weights=weights.COCO_V1).eval()
-    with torch.inference_mode():
-        a, b = (x.backbone(torch.full((1, 3, 64, 64), 0.3))["0"] for x in (ours, theirs))
-    # torchvision's frozen batch norm is another formula for the same numbers
-    close(a, b, 1e-5 * b.abs().max().item(), "torchvision's own: batch norm's epsilon?")
-    ours.transform.min_size = (64,)                                   # it is faster
-    found = photo.detect(ours, torch.rand(3, 64, 64), "one.png")
-    assert found["annotations"] == [], "random weights find places, and nobody for sure"
+    refused([one, "--fit"], "one.png: the detector finds no people")  # by random weights
     for error, words in ((urllib.error.URLError("x"), "no network to reach https://download"),
                          (PermissionError("x"), "cannot be read or written"),
                          (RuntimeError("x"), "is cut or not what its name says")):
@@ -224,21 +215,21 @@ def test_the_detector_is_torchvisions_and_says_why_it_is_not_there(monkeypatch, 
         refused([one, "--fit"], words, "--keypoints FILE.json")
 
 
-def finds(people: int):
-    """In the detector's place: the sample's person so many times, and once unsure; no nose."""
-    n, box = people + 1, torch.tensor(PERSON["bbox"])
-    answer = {"boxes": torch.cat([box[:2], box[:2] + box[2:]]).repeat(n, 1),      # (n, 4)
-              "scores": torch.tensor([0.99] * people + [0.89]),
-              "keypoints": torch.tensor(PERSON["keypoints"] * n).float().view(n, 17, 3),
-              "keypoints_scores": torch.tensor([[1.9] + [2.1] * 16] * n)}         # (n, 17)
-    return lambda device: lambda images: [answer]
+def finds(device: str):
+    """In the detector's place: the sample's person, once for sure and once unsure; no nose."""
+    box = torch.tensor(PERSON["bbox"])                                # (4,)
+    answer = {"boxes": torch.cat([box[:2], box[:2] + box[2:]]).repeat(2, 1),      # (2, 4)
+              "scores": torch.tensor([0.99, 0.89]),
+              "keypoints": torch.tensor(PERSON["keypoints"] * 2).float().view(2, 17, 3),
+              "keypoints_scores": torch.tensor([[1.9] + [2.1] * 16] * 2)}         # (2, 17)
+    return lambda images: [answer]
 
 
 def test_the_people_of_a_photo_are_found_fitted_and_drawn(tmp_path, monkeypatch, judge, refused,
                                                           capsys):
     fit, stem, targets, out = photo.fit, SAMPLE.stem, [], tmp_path / "a"
     monkeypatch.setattr(photo, "kept_discriminators", lambda smpl: judge)
-    monkeypatch.setattr(photo, "load_detector", finds(1))
+    monkeypatch.setattr(photo, "load_detector", finds)
     monkeypatch.setattr(photo, "fit", lambda *args: targets.append(args[2]) or fit(
         *args, headings=2, steps=3))
     assert command(SAMPLE, "--fit", "--sheet", "--out", out) == 0
@@ -259,7 +250,7 @@ def test_the_people_of_a_photo_are_found_fitted_and_drawn(tmp_path, monkeypatch,
     expected[0, 2] = 0                                                # the nose's label
     close(torch.tensor(row["keypoints"]).view(17, 3), expected, 0, "x, y, label")
     close(row["bbox"], PERSON["bbox"], 0.051, "x, y, w, h with one decimal")
-    image, (person,) = photo.people_of(found, SAMPLE)
+    image, (person,) = photo.people_of(found, SAMPLE, "official")
     _, points = datasets.crop_person(image, person.keypoints, person.visible)     # (19, 2)
     close(targets[0] * person.visible[:, None], points, 1e-5, "it is fitted to the crop's points")
     # a point that is mended by hand is used by the next run, which needs no detector
@@ -269,9 +260,6 @@ def test_the_people_of_a_photo_are_found_fitted_and_drawn(tmp_path, monkeypatch,
     assert not targets[-1].equal(targets[0])
     (out / f"{stem}.json").unlink()
     refused([picture(tmp_path / SAMPLE.name), "--fit", "--out", out], found.name)
-    monkeypatch.setattr(photo, "load_detector", finds(0))
-    refused([SAMPLE, "--fit", "--out", tmp_path / "b"], SAMPLE.name, "finds no people")
-    assert not (tmp_path / "b").exists()
 
 
 # ============================================================================================
@@ -294,13 +282,11 @@ def test_a_photo_becomes_a_picture_a_mesh_and_numbers(tmp_path, network_of, body
     batch, out = drawn_people(body, 16, 1), tmp_path / "out"
     one, place = picture(tmp_path / "one.png", 300, 1280, "white"), torch.tensor([214.0, 84])
     truth = place + 64 * batch.keypoints2d[0]                         # (19, 2) pixels of the photo
-    person = by_box(truth)
-    window, box = photo.window_of(person), ",".join(map(str, person.box.tolist()))
-    S, t = photo.camera_of_photo(batch.cam, photo.Window(place, 128.0)).split([1, 2], 1)
-    close(S * (batch.keypoints3d[0, :, :2] + t), truth, 0.01, "the photo's camera")
-    cam = torch.cat([S * 2 / window.side, t - window.center / S], 1)  # of the crop
+    S, t = 64 * batch.cam[:, :1], batch.cam[:, 1:] + place / (64 * batch.cam[:, :1])
+    _, (person,) = photo.person_in_box(box_of(truth), one, "official")
+    cam = torch.cat([S * 2 / person.side, t - person.center / S], 1)  # (1, 3) of the crop
     network_of(torch.cat([cam, batch.rotmats[..., :2].flatten(1), batch.betas], 1))
-    assert command(one, "--checkpoint", "any", "--out", out, "--bbox", box) == 0
+    assert command(one, "--checkpoint", "any", "--out", out, "--bbox", box_of(truth)) == 0
     numbers = json.loads((out / "one.json").read_text(encoding="utf-8"))
     close(numbers["keypoints2d_photo"], truth, 0.01, "the photo's pixels")
     close(batch_rodrigues(torch.tensor(numbers["pose"])), batch.rotmats[0], 1e-5, "axis-angle")
@@ -369,17 +355,20 @@ def test_bad_options_end_in_a_sentence_and_nothing_is_overwritten(tmp_path, one,
         tmp_path / "one.json", GOOD["keypoints"])
     with pytest.raises(SystemExit):
         command(one)                              # neither --fit nor --checkpoint
+    for argv, words in ((["--fit", "--bbox", "0,0,9,9"], "--keypoints"), (run, "no such file"),
+                        (["--checkpoint", one], "not a readable")):
+        refused([one, *argv], words)
+    theta = mean_theta(body.mean_pose, "6d")
+    network_of(theta, theta)
     for argv, words in (
-            (["--fit", "--bbox", "0,0,9,9"], "--keypoints"), (["--checkpoint", one], "not a read"),
-            (run, "no such file"), ([*run, "--keypoints", tmp_path], "a folder"),
-            ([*run, "--out", tmp_path, "--keypoints", rows], "one.json there is not of this photo"),
-            *(([*run, "--bbox", box], f"--bbox {box}: expected four numbers")
+            (["--keypoints", tmp_path], "a folder"),
+            (["--out", tmp_path, "--keypoints", rows], "one.json there is not of this photo"),
+            *((["--bbox", box], f"--bbox {box}: expected four numbers")
               for box in ("1,2,3", "a,2,3,4", "0,0,1,1", "0,0,0,9", "nan,0,9,9", "0,0,inf,9",
                           "90,0,9,9", "-20,0,9,9"))):
-        refused([one, *argv], words)
+        refused([one, *run, *argv], words)
     assert one.read_bytes() == before and names_in(tmp_path) == ["one.json", "one.png"]
-    theta, run = mean_theta(body.mean_pose, "6d"), [*run, "--out", tmp_path / "c"]
-    network_of(theta, theta)
+    run += ["--out", tmp_path / "c"]
     assert command(one, *run) == 0 and command(one, *run) == 0, "the same photo may again"
     refused([picture(tmp_path / "b" / "one.png", 61), *run], "one.json there is not of")
 
@@ -456,11 +445,12 @@ def published(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
     """
     shapes = {name: x.shape for name, x in torchvision.models.resnet50().state_dict().items()
               if not re.search(r"^fc\.|num_batches_tracked", name)}   # counters came later
-    for name, inputs, outputs in (("fc1", 2205, 1024), ("fc2", 1024, 1024), ("decpose", 1024, 144),
-                                  ("decshape", 1024, 10), ("deccam", 1024, 3)):
-        shapes |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-    shapes |= {"init_pose": (1, 144), "init_shape": (1, 10), "init_cam": (1, 3)}
-    noise = 0.05 * torch.randn(max(math.prod(shape) for shape in shapes.values()))
+    shapes |= {"fc1.weight": (1024, 2205), "fc1.bias": (1024,),
+               "fc2.weight": (1024, 1024), "fc2.bias": (1024,)}
+    for name, width in (("pose", 144), ("shape", 10), ("cam", 3)):
+        shapes |= {f"dec{name}.weight": (width, 1024), f"dec{name}.bias": (width,),
+                   f"init_{name}": (1, width)}
+    noise = 0.05 * torch.randn(3_000_000)
     weights = {name: noise[:math.prod(shape)].view(shape) for name, shape in shapes.items()}
     path = tmp_path_factory.mktemp("spin") / "model_checkpoint.pt"
     torch.save({"model": weights, "epoch": np.int64(3), "batch_size": 64,
