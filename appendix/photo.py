@@ -70,24 +70,23 @@ def fit(model: HMR, D: Discriminator, target: Tensor, visible: Tensor, weight_ad
     shift = (there_low + there_high) / 2 / scale[:, None] - (low + high) / 2      # (B, 2)
     theta[:, CAM] = torch.cat([scale[:, None], shift], 1)
 
-    def losses() -> dict[str, Tensor]:                                # (B,) each
+    def losses() -> tuple[Tensor, Tensor, Tensor]:                    # (B,) each
         out = model.decode(theta)
         error = (out.keypoints2d - target).abs().sum(-1) * seen       # (B, 19)
         L_kp = error.sum(1) / (2 * seen.sum())                        # Eq. (3) of one picture
         L_adv = (D(out.rotmats[:, 1:], out.betas) - 1).square().sum(1)            # Eq. (7)
-        return {"loss": train.Config.weight_kp * L_kp + weight_adv * L_adv,       # Eq. (1)
-                "L_kp": L_kp, "L_adv": L_adv}
+        return train.Config.weight_kp * L_kp + weight_adv * L_adv, L_kp, L_adv    # Eq. (1)
 
     cycle = train.Config(schedule="onecycle", steps=steps)
     optimizer = torch.optim.Adam([theta.requires_grad_()], lr=0.03)   # our choice
     for step in range(steps):
         train.set_rate(optimizer, 0.03 * train.lr_factor(step, cycle))
-        loss = losses()["loss"].sum()                                 # the bodies are independent
-        theta.grad, = torch.autograd.grad(loss, theta)                # (B, 157)
+        theta.grad, = torch.autograd.grad(losses()[0].sum(), theta)   # the B bodies are independent
         optimizer.step()
-    found = losses() | {"heading": angle.rad2deg()}                   # (B,) each
-    best = found["loss"].argsort()                                    # (B,)
-    return theta.detach()[best], {key: x[best].detach() for key, x in found.items()}  # (B, 157)
+    loss, L_kp, L_adv = (x.detach() for x in losses())                # (B,) each
+    found = {"loss": loss, "L_kp": L_kp, "L_adv": L_adv, "heading": angle.rad2deg()}
+    best = loss.argsort()                                             # (B,)
+    return theta.detach()[best], {key: x[best] for key, x in found.items()}       # (B, 157)
 
 
 def spoil(rotmats: Tensor, betas: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -343,21 +342,22 @@ def perspective(cam: Tensor, size: float) -> tuple[float, Tensor]:
 
 def describe(body: HMROutput, person: Person, size: int) -> dict:
     """One body in numbers.  Camera frame (x right, y down, z away), metres; pixel i of the photo
-    covers [i, i + 1), the crop is [-1, 1] in both directions; cameras are s, tx, ty, and
-    center + side / 2 * s (X + t) = S (X + t + center / S) with S = side / 2 * s, pixels a metre."""
+    covers [i, i + 1), the crop is [-1, 1] in both directions; cameras are s, tx, ty."""
     center, side = person.center, person.side                         # (2,)
     f, translation = perspective(body.cam[0], size)                   # (3,)
+    # center + side / 2 * s (X + t) = S (X + t + center / S): S is in pixels a metre
     S = body.cam[0, :1] * side / 2                                    # (1,)
+    photo_cam = torch.cat([S, body.cam[0, 1:] + center / S])          # (3,)
     rotmats = body.rotmats[0].double().numpy()                        # (24, 3, 3)
     return {
         "crop_pixels": size, "window": {"center": center, "side": side},
-        "camera": {"crop": body.cam[0], "photo": torch.cat([S, body.cam[0, 1:] + center / S])},
+        "camera": {"crop": body.cam[0], "photo": photo_cam},
         "perspective": {"f_crop": f, "f_photo": f * side / size,
                         "principal_point_photo": center, "translation": translation},
         "pose": Rotation.from_matrix(rotmats).as_rotvec(), "betas": body.betas[0],
         "joints3d": body.joints[0], "keypoints3d": body.keypoints3d[0],
-        "joints2d_photo": center + side / 2 * project(body.joints, body.cam)[0],
-        "keypoints2d_photo": center + side / 2 * body.keypoints2d[0]}
+        "joints2d_photo": center + side / 2 * project(body.joints, body.cam)[0],      # (24, 2)
+        "keypoints2d_photo": center + side / 2 * body.keypoints2d[0]}                 # (19, 2)
 
 
 def fit_and_print(network: Network, person: Person, weight: float
@@ -379,16 +379,16 @@ def fit_and_print(network: Network, person: Person, weight: float
 def show(args: argparse.Namespace, network: Network, image: Tensor, person: Person,
          stem: str, numbers: dict) -> bool:
     """One person: find Theta, decode it, write what came out.  Returns: is there a body?"""
-    model, size = network.model, network.config.size
+    model, size, device = network.model, network.config.size, network.config.device
     if args.fit:
         thetas, found = zip(*[fit_and_print(network, person, weight)
                               for weight in (WEIGHT_ADV, 0.0)[:1 + args.sheet]])
         numbers = numbers | {"fit": found[0]}
     else:
         beyond = "zeros" if network.crop == "spin" else "border"      # the edge is repeated
-        crop = cut_window(image, person.center, person.side, size, beyond)[None].clamp(0, 1)
+        crop = cut_window(image, person.center, person.side, size, beyond)        # (3, size, size)
         with torch.inference_mode():
-            thetas = [model(crop.to(network.config.device))[0][-1]]               # (1, 85 or 157)
+            thetas = [model(crop[None].clamp(0, 1).to(device))[0][-1]]            # (1, 85 or 157)
     with torch.inference_mode():
         bodies = [HMROutput(*(x.cpu() for x in model.decode(theta, vertices=True)))
                   for theta in thetas]
@@ -425,8 +425,8 @@ def run(args: argparse.Namespace) -> None:
     sha256 = hashlib.sha256(plain_file(args.photo, "a picture").read_bytes()).hexdigest()
     if args.fit:
         config = train.settle(train.Config(device=args.device, rotation="6d"))
-        model = HMR(SMPL(args.smpl), depth=18, rotation="6d").to(config.device).eval()
-        network = Network(model, None, config, "official", "no pictures")         # for `decode`
+        model = HMR(SMPL(args.smpl), depth=18, rotation="6d").eval()  # for `decode`
+        network = Network(model.to(config.device), None, config, "official", "no pictures")
     else:
         network = load_network(args.checkpoint, args.smpl, args.device)
     path, stem = args.keypoints, args.photo.stem

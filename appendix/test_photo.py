@@ -207,12 +207,14 @@ def test_the_detector_is_torchvisions_and_says_why_it_is_not_there(monkeypatch, 
     weights = detection.KeypointRCNN_ResNet50_FPN_Weights
     state = small(weights=None, weights_backbone=None).state_dict()
     monkeypatch.setattr(weights, "get_state_dict", lambda self, **_: state)
-    refused([one, "--fit"], "one.png: the detector finds no people")  # by random weights
+    run = [one, "--fit", "--out", one.parent]
+    refused(run, "one.png: the detector finds no people")             # by random weights
     for error, words in ((urllib.error.URLError("x"), "no network to reach https://download"),
                          (PermissionError("x"), "cannot be read or written"),
                          (RuntimeError("x"), "is cut or not what its name says")):
         monkeypatch.setattr(weights, "get_state_dict", Mock(side_effect=error))
-        refused([one, "--fit"], words, "--keypoints FILE.json")
+        refused(run, words, "--keypoints FILE.json")
+    assert names_in(one.parent) == ["one.png"]
 
 
 def finds(device: str):
@@ -267,9 +269,10 @@ def test_the_people_of_a_photo_are_found_fitted_and_drawn(tmp_path, monkeypatch,
 
 @pytest.fixture
 def network_of(monkeypatch, body):
-    """The command loads a network that gives these Thetas, one after the other, -> what it sees."""
+    """The command loads a network that gives these Thetas (none: two means), -> what it sees."""
     def load(*answers: Tensor, world="photographs", crop="official") -> list[Tensor]:
-        answers, seen, model = list(answers), [], HMR(body, depth=18, rotation="6d")
+        answers = list(answers or 2 * [mean_theta(body.mean_pose, "6d")])         # (1, 157) each
+        seen, model = [], HMR(body, depth=18, rotation="6d")
         model.forward = lambda images: (seen.append(images) or [answers.pop(0)], None)
         monkeypatch.setattr(photo, "load_network", lambda *args: spin.Network(
             model, None, train.Config(size=64, device="cpu"), crop, world))
@@ -314,11 +317,11 @@ def test_a_photo_becomes_a_picture_a_mesh_and_numbers(tmp_path, network_of, body
 
 @pytest.mark.parametrize("world, crop, side, beyond", [
     ("drawn people, in capes", "official", 224 / 150 * 50 / 1.15, 1), ("people", "spin", 40, 0)])
-def test_a_whole_photo_or_a_box_is_shown_as_in_training(tmp_path, body, network_of, capsys, world,
-                                                        crop, side, beyond):
-    theta, one, out = mean_theta(body.mean_pose, "6d"), tmp_path / "one.png", tmp_path / "out"
-    seen = network_of(theta, theta, world=world, crop=crop)           # (1, 3, 64, 64) each
-    assert command(picture(one, color="white"), "--checkpoint", "any", "--out", out) == 0
+def test_a_whole_photo_or_a_box_is_shown_as_in_training(tmp_path, network_of, capsys, world, crop,
+                                                        side, beyond):
+    one, out = picture(tmp_path / "one.png", color="white"), tmp_path / "out"
+    seen = network_of(world=world, crop=crop)                         # (1, 3, 64, 64) each
+    assert command(one, "--checkpoint", "any", "--out", out) == 0
     printed = capsys.readouterr().out
     assert "the whole photo is taken for one person" in printed
     assert ("drawn people is not expected to work" in printed) == (crop == "official")
@@ -349,8 +352,7 @@ def test_every_person_has_files_of_its_own(tmp_path, one, body, network_of, refu
         refused([*run, tmp_path, "--person", n], f"--person {n}", "of the 3 in")
 
 
-def test_bad_options_end_in_a_sentence_and_nothing_is_overwritten(tmp_path, one, body, network_of,
-                                                                  refused):
+def test_bad_options_end_in_a_sentence_and_overwrite_nothing(tmp_path, one, network_of, refused):
     run, before, rows = ["--checkpoint", "x"], one.read_bytes(), written(
         tmp_path / "one.json", GOOD["keypoints"])
     with pytest.raises(SystemExit):
@@ -358,8 +360,7 @@ def test_bad_options_end_in_a_sentence_and_nothing_is_overwritten(tmp_path, one,
     for argv, words in ((["--fit", "--bbox", "0,0,9,9"], "--keypoints"), (run, "no such file"),
                         (["--checkpoint", one], "not a readable")):
         refused([one, *argv], words)
-    theta = mean_theta(body.mean_pose, "6d")
-    network_of(theta, theta)
+    network_of()
     for argv, words in (
             (["--keypoints", tmp_path], "a folder"),
             (["--out", tmp_path, "--keypoints", rows], "one.json there is not of this photo"),
