@@ -14,16 +14,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
-from torch import Tensor, nn
-from torchvision.models import detection
+from torch import Tensor
+from torchvision.models import detection, resnet50
 
 import data
 import hmr
 import train
 from appendix import datasets, photo, spin
-from appendix.datasets import read_picture
 from hmr import HMR, Discriminator, mean_theta
 from smpl import KEYPOINT_NAMES, batch_rodrigues
 from test_hmr import (body, close, precision_of_the_encoder,  # noqa: F401 (fixtures)
@@ -54,12 +52,6 @@ def drawn_people(body, size: int, n: int) -> data.Batch:
     """People of the held-out clips, whose truth is known."""
     return data.SyntheticPeople(body, data.load_mocap(True, True), n, size, labels="all",
                                 mix=False, seed=5).batch(0)
-
-
-def box_of(points: Tensor) -> str:
-    """--bbox about points (.., 2)."""
-    low, high = points.aminmax(dim=0)                                 # (2,) each
-    return ",".join(map(str, [*low.tolist(), *(high - low).tolist()]))
 
 
 def picture(path: Path, H=60, W=80, color="black", **options) -> Path:
@@ -108,7 +100,9 @@ def test_a_box_crop_shows_people_as_large_as_training_does(body, one):
     batch, ratios = drawn_people(body, 16, 64), []
     skin = hmr.project(body(batch.betas, batch.rotmats).vertices, batch.cam)      # (64, V, 2)
     for points, keypoints in zip(30 + 30 * skin, 30 + 30 * batch.keypoints2d):
-        _, (in_box,) = photo.person_in_box(box_of(points), one, "official")
+        low, high = points.aminmax(dim=0)                             # (2,) each
+        box = ",".join(map(str, torch.cat([low, high - low]).tolist()))
+        _, (in_box,) = photo.person_in_box(box, one, "official")
         rows = np.column_stack([keypoints, np.ones(19)])              # (19, 3)
         ratios.append(in_box.side / photo.person_of(1, rows, (80, 60), "official").side)
     assert 0.95 < sum(ratios) / 64 < 1.05, f"{sum(ratios) / 64:.3f} times the keypoint crop's side"
@@ -240,7 +234,7 @@ def test_the_people_of_a_photo_are_found_fitted_and_drawn(tmp_path, monkeypatch,
     found, printed = out / f"{stem}_keypoints.json", capsys.readouterr().out
     assert "Keypoint R-CNN: people of scores 0.990" in printed
     assert printed.count("px an axis") == 2 and printed.count("+ 0.0 L_adv") == 1
-    first, both = (read_picture(out / f"{stem}{end}.png") for end in ("", "_fits"))
+    first, both = (datasets.read_picture(out / f"{stem}{end}.png") for end in ("", "_fits"))
     assert torch.equal(both[:, :425], first) and both.shape == (3, 850, first.shape[2])
     assert not torch.equal(both[:, 425:], first), "below: without L_adv"
     x, y = map(int, json.loads((out / f"{stem}.json").read_text())["keypoints2d_photo"][0])
@@ -269,14 +263,13 @@ def test_the_people_of_a_photo_are_found_fitted_and_drawn(tmp_path, monkeypatch,
 
 @pytest.fixture
 def network_of(monkeypatch, body):
-    """The command loads a network that gives these Thetas (none: two means), -> what it sees."""
-    def load(*answers: Tensor, world="photographs", crop="official") -> list[Tensor]:
-        answers = list(answers or 2 * [mean_theta(body.mean_pose, "6d")])         # (1, 157) each
-        seen, model = [], HMR(body, depth=18, rotation="6d")
-        model.forward = lambda images: (seen.append(images) or [answers.pop(0)], None)
+    """The command loads a network that gives these Thetas (none: two means), -> its `forward`."""
+    def load(*answers: Tensor, world="photographs", crop="official") -> Mock:
+        model, mean = HMR(body, depth=18, rotation="6d"), mean_theta(body.mean_pose, "6d")
+        model.forward = Mock(side_effect=[([theta], None) for theta in answers or (mean, mean)])
         monkeypatch.setattr(photo, "load_network", lambda *args: spin.Network(
             model, None, train.Config(size=64, device="cpu"), crop, world))
-        return seen
+        return model.forward
     return load
 
 
@@ -286,10 +279,9 @@ def test_a_photo_becomes_a_picture_a_mesh_and_numbers(tmp_path, network_of, body
     one, place = picture(tmp_path / "one.png", 300, 1280, "white"), torch.tensor([214.0, 84])
     truth = place + 64 * batch.keypoints2d[0]                         # (19, 2) pixels of the photo
     S, t = 64 * batch.cam[:, :1], batch.cam[:, 1:] + place / (64 * batch.cam[:, :1])
-    _, (person,) = photo.person_in_box(box_of(truth), one, "official")
-    cam = torch.cat([S * 2 / person.side, t - person.center / S], 1)  # (1, 3) of the crop
-    network_of(torch.cat([cam, batch.rotmats[..., :2].flatten(1), batch.betas], 1))
-    assert command(one, "--checkpoint", "any", "--out", out, "--bbox", box_of(truth)) == 0
+    theta = torch.cat([batch.cam, batch.rotmats[..., :2].flatten(1), batch.betas], 1)   # (1, 157)
+    network_of(theta, crop="spin")                                    # a box is the crop itself
+    assert command(one, "--checkpoint", "any", "--out", out, "--bbox", "150,20,128,128") == 0
     numbers = json.loads((out / "one.json").read_text(encoding="utf-8"))
     close(numbers["keypoints2d_photo"], truth, 0.01, "the photo's pixels")
     close(batch_rodrigues(torch.tensor(numbers["pose"])), batch.rotmats[0], 1e-5, "axis-angle")
@@ -304,7 +296,7 @@ def test_a_photo_becomes_a_picture_a_mesh_and_numbers(tmp_path, network_of, body
     mesh = np.loadtxt(out / "one.obj", usecols=(1, 2, 3), max_rows=vertices.shape[1])
     close(mesh.tolist(), vertices[0] * torch.tensor([1.0, -1, -1]), 1e-5, "metres, y up")
     # a photo of more than 1,024 pixels is shrunk: input, overlay, two views
-    drawn = read_picture(out / "one.png").float() / 255
+    drawn = datasets.read_picture(out / "one.png").float() / 255
     assert drawn.shape == (3, 240, 1024 + 1024 + 240 + 240) and (drawn[..., :1024] == 1).all()
     rows, columns = (drawn[..., 1024:2048].amin(0) < 0.9).nonzero(as_tuple=True)
     skin = 0.8 * S * (vertices[0, :, :2] + t)                         # (V, 2)
@@ -320,7 +312,7 @@ def test_a_photo_becomes_a_picture_a_mesh_and_numbers(tmp_path, network_of, body
 def test_a_whole_photo_or_a_box_is_shown_as_in_training(tmp_path, network_of, capsys, world, crop,
                                                         side, beyond):
     one, out = picture(tmp_path / "one.png", color="white"), tmp_path / "out"
-    seen = network_of(world=world, crop=crop)                         # (1, 3, 64, 64) each
+    forward = network_of(world=world, crop=crop)
     assert command(one, "--checkpoint", "any", "--out", out) == 0
     printed = capsys.readouterr().out
     assert "the whole photo is taken for one person" in printed
@@ -328,8 +320,9 @@ def test_a_whole_photo_or_a_box_is_shown_as_in_training(tmp_path, network_of, ca
     assert command(one, "--checkpoint", "any", "--out", out, "--bbox", "-5,-5,30,40") == 0
     window = json.loads((out / "one.json").read_text())["window"]
     assert window == {"center": [10, 15], "side": pytest.approx(side)}
-    close(seen[1][..., :9], float(beyond), 1e-3, "the edge is repeated, but SPIN sees black")
-    close(seen[1][..., 9:, 32:], 1.0, 1e-3, "the white photo")
+    seen, = forward.call_args.args                                    # (1, 3, 64, 64)
+    close(seen[..., :9], float(beyond), 1e-3, "the edge is repeated, but SPIN sees black")
+    close(seen[..., 9:, 32:], 1.0, 1e-3, "the white photo")
 
 
 def test_every_person_has_files_of_its_own(tmp_path, one, body, network_of, refused, capsys):
@@ -422,9 +415,8 @@ def test_the_judges_tell_spoiled_bodies_apart_and_are_kept(body, judge, tmp_path
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def weights(steps: int = 2) -> Tensor:
-        torch.rand(1)
-        return nn.utils.parameters_to_vector(photo.kept_discriminators(
-            body, steps=steps, N=8).parameters())
+        torch.rand(1)                                                 # the seed is its own
+        return next(photo.kept_discriminators(body, steps=steps, N=8).parameters())
     first, second = weights(), weights()
     kept, = tmp_path.iterdir()
     kept.write_bytes(kept.read_bytes()[:999])                         # a broken file is made anew
@@ -444,15 +436,10 @@ def published(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
 
     Random numbers under the published names: all are views of one storage, a small file.
     """
-    shapes = {name: x.shape for name, x in torchvision.models.resnet50().state_dict().items()
-              if not re.search(r"^fc\.|num_batches_tracked", name)}   # counters came later
-    shapes |= {"fc1.weight": (1024, 2205), "fc1.bias": (1024,),
-               "fc2.weight": (1024, 1024), "fc2.bias": (1024,)}
-    for name, width in (("pose", 144), ("shape", 10), ("cam", 3)):
-        shapes |= {f"dec{name}.weight": (width, 1024), f"dec{name}.bias": (width,),
-                   f"init_{name}": (1, width)}
     noise = 0.05 * torch.randn(3_000_000)
-    weights = {name: noise[:math.prod(shape)].view(shape) for name, shape in shapes.items()}
+    network = resnet50().state_dict() | spin.SpinRegressor().state_dict()
+    weights = {name: noise[:x.numel()].view(x.shape) for name, x in network.items()
+               if not re.search(r"^fc\.|num_batches_tracked", name)}  # counters came later
     path = tmp_path_factory.mktemp("spin") / "model_checkpoint.pt"
     torch.save({"model": weights, "epoch": np.int64(3), "batch_size": 64,
                 "dataset_perm": np.arange(5), "total_step_count": np.float64(7.0)}, path,
@@ -467,6 +454,7 @@ def test_spins_regressor_is_spins(published, capsys):
     assert "SPIN was trained with SMPL's neutral body" in capsys.readouterr().out
     assert not model.training and (config.size, crop) == (224, "spin")
     assert torch.equal(model.encoder.layer4[2].conv3.weight, weights["layer4.2.conv3.weight"])
+    assert weights["fc1.weight"].shape == (1024, 2048 + 144 + 10 + 3)
     feature = torch.rand(2, 2048)
     pose, shape, cam = (weights[f"init_{name}"].expand(2, -1) for name in ("pose", "shape", "cam"))
 
