@@ -266,7 +266,8 @@ def network_of(monkeypatch, body):
     """The command loads a network that gives these Thetas (none: two means), -> its `forward`."""
     def load(*answers: Tensor, world="photographs", crop="official") -> Mock:
         model, mean = HMR(body, depth=18, rotation="6d"), mean_theta(body.mean_pose, "6d")
-        model.forward = Mock(side_effect=[([theta], None) for theta in answers or (mean, mean)])
+        model.forward = Mock(side_effect=[([0 * theta, theta], None)              # the last counts
+                                          for theta in answers or (mean, mean)])
         monkeypatch.setattr(photo, "load_network", lambda *args: spin.Network(
             model, None, train.Config(size=64, device="cpu"), crop, world))
         return model.forward
