@@ -109,32 +109,31 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
             metrics or train.train(config, checkpoint, make_D=make_D)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
-    report(out, {run: metrics for run in finished() if (metrics := earlier(*run)[1])})
-    say("\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}")
+    text = report(out, {run: metrics for run in finished() if (metrics := earlier(*run)[1])})
+    write_atomically(out / f"{kind}.md", text.encode())
+    say(f"\n{text}\nwritten to {out}")
 
 
 def earlier_part(config: Config) -> tuple[dict | None, dict | None]:
-    """A run's folder -> its metrics if the run is finished, or its checkpoint, or neither.
+    """A run's folder -> its metrics, with today's "config", if it is finished, and its checkpoint.
 
-    The metrics are metrics.json's, if it is whole, with today's "config".  Raises ValueError for a
-    run of other settings.
+    Raises ValueError for a run of other settings.
     """
-    folder, metrics, checkpoint = Path(config.out), None, None
+    folder = Path(config.out)
+    if not (folder / "checkpoint.pt").is_file():
+        return None, None
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", config.smpl)
+    for name, new in dataclasses.asdict(config).items():
+        then = checkpoint["config"][name]
+        if then != new and name not in ("device", "out", "log_every", "picture_every", "record"):
+            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with {flag(name)} "
+                             f"{then}, not {new}; give that or name another folder")
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        then, _ = dict(metrics["config"]), [metrics[key] for key in (*GUESSES, "truth", "seconds")]
-        metrics["config"] = config
-    except (OSError, ValueError, KeyError, TypeError):
-        if not (folder / "checkpoint.pt").is_file():
-            return None, None
-        metrics, checkpoint = None, load_checkpoint(folder / "checkpoint.pt", config.smpl)
-        then = checkpoint["config"]             # its run goes on, or is measured again
-    for name, new in dataclasses.asdict(config).items():
-        free = name in ("device", "out", "log_every", "picture_every", "record")
-        if not free and then.get(name) != new:
-            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with {flag(name)} "
-                             f"{then.get(name)}, not {new}; give that or name another folder")
-    return metrics, checkpoint
+        [metrics[key] for key in (*GUESSES, "truth", "seconds")]
+        return metrics | {"config": config}, checkpoint
+    except (OSError, ValueError, KeyError, TypeError):                # it is measured again
+        return None, checkpoint
 
 
 # --------------------------------------------------------------------------------------------
@@ -169,10 +168,10 @@ def write_csv(path: Path, rows: list) -> None:
     write_atomically(path, file.getvalue().encode())
 
 
-def ablation_report(out: Path, runs: dict) -> None:
+def ablation_report(out: Path, runs: dict) -> str:
     """ablation.csv: a row for every run and body, which is a lazy guess, an iteration or the truth.
-    ablation.md: a table of the variants and one of the iterations.  ablation.png, iterations.png:
-    what networks of the first seed see."""
+    ablation.png, iterations.png: what networks of the first seed see.  Returns a table of variants,
+    iterations and bodies."""
     rows = [["variant", "seed", "body", *dict(MEASURES), "D_real", "D_fake", "seconds"]]
     of = {}                                     # (variant, body) -> a list for each seed
     for (name, seed), metrics in runs.items():
@@ -187,6 +186,7 @@ def ablation_report(out: Path, runs: dict) -> None:
             of.setdefault((name, body), []).append(values)
     write_csv(out / "ablation.csv", rows)
     configs = {name: metrics["config"] for (name, _), metrics in reversed(runs.items())}
+    draw_networks(out, configs)
     one = next(iter(configs))                   # guesses and truth are the same for all
     shown = {title: of[one, title][:1] for title in GUESSES.values()}
     shown |= {name: of[name, f"iteration {configs[name].iterations}"] for name, _ in runs}
@@ -194,8 +194,7 @@ def ablation_report(out: Path, runs: dict) -> None:
               if name == "paired+adv" and body.startswith("iteration")}
     shown |= {"truth": of[one, "truth"][:1]}
     columns = {title: ".1f" for _, title in MEASURES} | {"D on real": ".2f", "D on fake": ".2f"}
-    write_atomically(out / "ablation.md", table("Ablation", runs, columns, shown).encode())
-    draw_networks(out, configs)
+    return table("Ablation", runs, columns, shown)
 
 
 @torch.no_grad()
@@ -228,11 +227,10 @@ def compare(path: Path, seen: Batch, sharp: Batch, columns: dict, faces: Tensor)
     parts = [F.pad(F.interpolate(seen.image, (PANEL, PANEL)), (0, 0, 0, PANEL), value=1.0)]
     for body in columns.values():               # each part is (B, 3, 2H, H)
         overlay = draw_mesh(body.vertices, faces, body.cam, PANEL, sharp.image)   # (B, 3, H, H)
-        for i, image in enumerate(overlay):
-            true, predicted = sharp.keypoints2d[i, :LSP], body.keypoints2d[i, :LSP]
-            image = draw_points(image, true, (0, 0, 0), 5.5, filled=False)      # seen on any ground
-            image = draw_points(image, true, (1, 1, 1), 4.5, filled=False)
-            overlay[i] = draw_points(draw_points(image, predicted, (0, 0, 0), 3.2), predicted)
+        true, predicted = sharp.keypoints2d[:, :LSP], body.keypoints2d[:, :LSP]   # (B, 14, 2)
+        overlay = draw_points(overlay, true, (0, 0, 0), 5.5, filled=False)    # seen on any ground
+        overlay = draw_points(overlay, true, (1, 1, 1), 4.5, filled=False)
+        overlay = draw_points(draw_points(overlay, predicted, (0, 0, 0), 3.2), predicted)
         turned = draw_mesh(side_view(body.vertices), faces, body.cam, PANEL)      # (B, 3, H, H)
         parts.append(torch.cat([overlay, turned], 2))
     head = Image.new("RGB", (len(parts) * PANEL, 28), "white")
@@ -244,13 +242,14 @@ def compare(path: Path, seen: Batch, sharp: Batch, columns: dict, faces: Tensor)
 
 def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: float = 2,
                 filled: bool = True) -> Tensor:
-    """Discs, or circles if not filled, at keypoints2d (K, 2) in [-1, 1] on image (3, H, W)."""
+    """Discs, or circles if not filled, at keypoints2d (.., K, 2) in [-1, 1] on (.., 3, H, W)."""
     size = image.shape[-1]
     p = torch.arange(size, device=image.device) + 0.5                 # (W,)
-    for x, y in ((keypoints2d + 1) * size / 2).tolist():
-        distance = ((p[None] - x) ** 2 + (p[:, None] - y) ** 2).sqrt()            # (H, W)
+    for point in ((keypoints2d + 1) * size / 2).unbind(-2):           # (.., 2)
+        x, y = point[..., None, None].unbind(-3)                      # (.., 1, 1)
+        distance = ((p - x) ** 2 + (p[:, None] - y) ** 2).sqrt()      # (.., H, W)
         mask = distance <= radius if filled else (distance - radius).abs() <= 0.8
-        image = torch.where(mask, image.new_tensor(color)[:, None, None], image)
+        image = torch.where(mask.unsqueeze(-3), image.new_tensor(color)[:, None, None], image)
     return image
 
 
@@ -268,25 +267,22 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
     fresh = train.build(config, SMPL(config.smpl or None).to(config.device))
     fresh.amp = None                            # networks are compared in one precision: float32
     trained, _, _ = train.load(Path(config.out) / "checkpoint.pt", config.smpl, config.device)
-    responses, batch = [], train.training_world(config, fresh.smpl).batch(config.steps)
+    norms, responses, batch = [], [], train.training_world(config, fresh.smpl).batch(config.steps)
     hooks = [layer.register_forward_hook(lambda _, i, y: responses.append(y.std().item()))
              for name, layer in trained.encoder.named_modules()
              if name.startswith("layer") and name.endswith(("bn1", "bn2"))]
     with torch.no_grad():
         trained(next(evaluation_pictures(config, trained.smpl)).image)
-    for hook in hooks:
-        hook.remove()
-
-    def gradient(model: HMR) -> float:
+    for model in (fresh, trained):
         still = torch.optim.SGD(model.parameters(), 0.0)              # a step of length 0
         train.train_step(model.train(), None, still, None, batch, None, config)   # adv is off
-        return model.encoder.conv1.weight.grad.norm().item()
-    return [gradient(fresh), gradient(trained)], responses
+        norms.append(model.encoder.conv1.weight.grad.norm().item())
+    return norms, responses[:len(hooks)]        # not those of the last step
 
 
-def degradation_report(out: Path, runs: dict) -> None:
-    """degradation.csv: training losses.  responses.csv: responses by layer.  degradation.md: their
-    means, and gradients.  degradation.png: both by step and layer; thin is plain, bold residual."""
+def degradation_report(out: Path, runs: dict) -> str:
+    """degradation.csv: training losses.  responses.csv: responses by layer.  degradation.png: both
+    by step and layer; thin is plain, bold residual.  Returns a table of means and gradients."""
     losses, layers, rows = [], [], {}
     for (name, seed), metrics in runs.items():
         config = metrics["config"]
@@ -300,41 +296,40 @@ def degradation_report(out: Path, runs: dict) -> None:
                                           statistics.mean(responses)])
     write_csv(out / "degradation.csv", [("network", "seed", "step", "loss"), *losses])
     write_csv(out / "responses.csv", [("network", "seed", "layer", "response_std"), *layers])
-    columns = {"training loss, last 10 %": ".2f", "MPJPE mm": ".1f", "gradient norm at conv1, "
-               "before": ".4g", "after training": ".4g", "std of 3x3 layers' responses": ".3f"}
-    write_atomically(out / "degradation.md", table("Degradation", runs, columns, rows).encode())
-    # The first losses are far larger than all others.
-    later = [point for point in losses if point[2] > 0.05 * config.steps]
+    later = [point for point in losses if point[2] > 0.05 * config.steps]       # the first are huge
     save_png(out / "degradation.png", torch.cat([
         draw_chart("training loss, by step", later),
         draw_chart("std of the 3x3 layers' responses, by layer", layers)], 2))
+    columns = {"training loss, last 10 %": ".2f", "MPJPE mm": ".1f", "gradient norm at conv1, "
+               "before": ".4g", "after training": ".4g", "std of 3x3 layers' responses": ".3f"}
+    return table("Degradation", runs, columns, rows)
 
 
 def draw_chart(title: str, points: list[tuple]) -> Tensor:
     """points (network, seed, x, y), of which the mean over seeds is drawn -> (3, 320, 440)."""
-    lines = {}                                  # network -> x -> the seeds' y
+    seeds, lines = {}, {}
     for name, _, x, y in points:
-        lines.setdefault(name, {}).setdefault(x, []).append(y)
-    lines = {name: [(x, statistics.mean(ys)) for x, ys in of.items()] for name, of in lines.items()}
-    xs, ys = ((min(numbers), max(numbers)) for numbers in zip(*sum(lines.values(), [])))  # ranges
-    left, right, top, bottom = 110, 850, 100, 590                     # twice the result's pixels
-    across = lambda x: float(np.interp(x, xs, (left, right)))
-    down = lambda y: float(np.interp(y, ys, (bottom, top)))
-    sheet = Image.new("RGB", (880, 640), "white")
+        seeds.setdefault((name, x), []).append(y)
+    for (name, x), ys in seeds.items():
+        lines.setdefault(name, []).append((x, statistics.mean(ys)))
+    drawn = np.concatenate(list(lines.values()))                      # (points, 2)
+    low, span = drawn.min(0), np.ptp(drawn, 0) + 1e-9                 # one point has no span
+    sheet = Image.new("RGB", (880, 640), "white")                     # twice the result's pixels
     draw = ImageDraw.Draw(sheet)
     draw.font = ImageFont.load_default(26)
     draw.text((440, 30), title, "black", ImageFont.load_default(30), anchor="mm")
-    for x, y in zip(np.linspace(*xs, 5), np.linspace(*ys, 5)):        # a grid
-        draw.line([(across(x), bottom), (across(x), top)], "#dddddd", 2)
-        draw.line([(left, down(y)), (right, down(y))], "#dddddd", 2)
-        draw.text((across(x), bottom + 26), f"{x:.4g}", "black", anchor="mm")
-        draw.text((left - 10, down(y)), f"{y:.3g}", "black", anchor="rm")
+    for part in np.linspace(0, 1, 5):                                 # a grid
+        (x, y), (across, down) = low + part * span, (110 + 740 * part, 590 - 490 * part)
+        draw.line([across, 590, across, 100], "#dddddd", 2)
+        draw.line([110, down, 850, down], "#dddddd", 2)
+        draw.text((across, 616), f"{x:.4g}", "black", anchor="mm")
+        draw.text((100, down), f"{y:.3g}", "black", anchor="rm")
     for i, (name, line) in enumerate(lines.items()):
         style = "#c0392b" if "34" in name else "#2471a3", 2 if "plain" in name else 6
-        draw.line([(across(x), down(y)) for x, y in line], *style, joint="curve")
-        x = left + 190 * i                      # of the legend
-        draw.line([(x, 74), (x + 40, 74)], *style)
-        draw.text((x + 50, 74), name, "black", anchor="lm")
+        places = (110, 590) + (line - low) / span * (740, -490)       # (points of the line, 2)
+        draw.line(places.flatten().tolist(), *style, joint="curve")
+        draw.line([110 + 190 * i, 74, 150 + 190 * i, 74], *style)     # the legend
+        draw.text((160 + 190 * i, 74), name, "black", anchor="lm")
     return vision.pil_to_tensor(sheet.reduce(2)) / 255                # (3, 320, 440)
 
 

@@ -17,11 +17,11 @@ import os
 import re
 import statistics
 import sys
-import time
 from typing import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 import train
 from data import seed_of
@@ -29,23 +29,20 @@ from hmr import Discriminator
 from smpl import SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_status
 
 
-def in_turn(ways: list[Callable], rounds: int) -> list[float]:
-    """Each function's median seconds.  They take turns, so that the machine's drift hits all alike.
-    Of two calls the second counts: the first may give back memory that the function before it left.
-    Two rounds warm up."""
-    def seconds(run_once: Callable) -> float:
-        begun = time.perf_counter()
-        run_once()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
-    table = [[(seconds(way), seconds(way))[1] for way in ways] for _ in range(rounds + 2)]
-    return [statistics.median(of_one) for of_one in zip(*table[2:])]
+def in_turn(ways: list[Callable], rounds: int, calls: int = 1) -> list[float]:
+    """Each function's median seconds a call.  They take turns, so that the machine's drift hits all
+    alike, and one round warms up.  Before a round's `calls` Timer makes two that do not count: the
+    first may give back memory that the function before it left."""
+    timers = [Timer("way()", globals={"way": way}, num_threads=torch.get_num_threads())
+              for way in ways]
+    table = [[timer.timeit(calls).mean for timer in timers] for _ in range(rounds + 1)]
+    return [statistics.median(of_one) for of_one in zip(*table[1:])]
 
 
 def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict[str, Callable], int]:
-    """train()'s step, built up part by part: title -> a function, and how many steps it makes, on a
-    GPU as many as the world draws ahead.  The last is train()'s whole step, on a GPU recorded."""
+    """train()'s step, built up part by part: title -> a function, and how many calls to time
+    together, on a GPU as many as the world draws ahead.  The last is train()'s whole step, on a GPU
+    recorded."""
     torch.manual_seed(config.seed)
     model, D = train.build(config, smpl), Discriminator().to(config.device)
     world, numbers = train.training_world(config, smpl), itertools.count()
@@ -77,22 +74,22 @@ def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict[str, Callable], 
         "+ discriminators, L_adv": lambda: loss(*fixed),
         "+ pictures, motion, rates: the whole step": lambda: whole(loss)}
     if train.records(config):
-        alone, inside = train.RecordedStep(loss), train.RecordedStep(loss)
-        steps |= {"recorded: all but pictures, motion, rates": lambda: alone(*fixed),
-                  "recorded: the whole step": lambda: whole(inside)}
-    return {title: lambda step=step: [step() for _ in range(world.ahead)]
-            for title, step in steps.items()}, world.ahead
+        recorded = train.RecordedStep(loss)
+        steps |= {"recorded: all but pictures, motion, rates": lambda: recorded(*fixed),
+                  "recorded: the whole step": lambda: whole(recorded)}
+    return steps, world.ahead
 
 
-def count_calls(run_once: Callable, device: str) -> int:
-    """Launches of kernels and graphs on a GPU; on a CPU calls of PyTorch's operators, those of one
-    operator by another included."""
+def count_calls(step: Callable, steps: int, device: str) -> float:
+    """Launches of kernels and graphs by a step on a GPU; on a CPU calls of PyTorch's operators,
+    those of one operator by another included."""
     # No lines of the profiler's own; some versions crashed when CUPTI restarted beside CUDA graphs.
     os.environ.update(KINETO_LOG_LEVEL="99", DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
     with torch.profiler.profile() as seen:
-        run_once()
+        for _ in range(steps):
+            step()
     name = "cu(da)?(Graph)?Launch" if device == "cuda" else "aten::"
-    return sum(bool(re.match(name, call.name)) for call in seen.events())
+    return sum(bool(re.match(name, call.name)) for call in seen.events()) / steps
 
 
 def row(title: str, pictures: int, seconds: float, encoder: float) -> str:
@@ -110,9 +107,9 @@ def bench_step(config: train.Config, rounds: int) -> None:
                          rounds)
         print(f"{f'inference, {B} at a time, all vertices':42s}{1000 * s:9.1f}{B / s:20.1f}")
     steps, ahead = bench_steps(config, smpl)
-    seconds = [s / ahead for s in in_turn(list(steps.values()), rounds)]
+    seconds = in_turn(list(steps.values()), rounds, ahead)
     for (title, step), s in zip(steps.items(), seconds):              # counting slows later steps
-        calls = count_calls(step, config.device) / ahead
+        calls = count_calls(step, ahead, config.device)
         print(row(title, config.batch, s, seconds[0]) + f"{calls:11.0f}")
 
 
@@ -126,7 +123,7 @@ def bench_growth(config: train.Config, rounds: int) -> None:
             smpl = with_vertices(SMPL(config.smpl or None), V if of else value).to(config.device)
             steps, ahead = bench_steps(changed := dataclasses.replace(config, **of), smpl)
             encoder, *_, whole = steps.values()                       # on a GPU a recorded step
-            encoder, whole = (s / ahead for s in in_turn([encoder, whole], rounds))
+            encoder, whole = in_turn([encoder, whole], rounds, ahead)
             print(row(f"{name} {value}", changed.batch, whole, encoder), flush=True)
 
 

@@ -86,8 +86,7 @@ def test_the_ablations_spread_is_over_seeds(tmp_path, monkeypatch, heads, cells)
             "measured_on": "held-out clips", "seconds": 1.0, "device": "none", "torch": "0",
             "precision": "float32", "config": tiny(tmp_path, iterations=1)}
     monkeypatch.setattr(ablate, "draw_networks", lambda *_: None)
-    ablate.ablation_report(tmp_path, runs)
-    text = (tmp_path / "ablation.md").read_text("utf-8")
+    text = ablate.ablation_report(tmp_path, runs)
     assert "(T=1 0, 1)" in text, "the footing names the seeds"
     cell = "105.0 ± 7.1 | "                     # the sample deviation of 100 and 110
     assert f"\n| T=1 | {cell * len(train.MEASURES)}{cells} |\n" in text
