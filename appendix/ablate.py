@@ -42,7 +42,6 @@ FIGURE = {"paired+adv": "paired 3D + adversary", "adv": "adversary only (Fig. 4)
 # degradation: no adversary, so that all four networks minimise one and the same loss
 NETWORKS = {f"{kind}-{depth}": {"plain": kind == "plain", "depth": depth, "adv": False}
             for kind in ("plain", "ResNet") for depth in (18, 34)}
-DEGRADATION, DEGRADATION_CPU = (dict(log_every=10, steps=steps) for steps in (4_000, 600))
 PANEL = 176                                     # pixels: five panels are as wide as a README
 
 
@@ -84,7 +83,8 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
         raise ValueError("--seeds: expected 1 to 1000, in one process (without torchrun)")
     preset = train.small_preset(given)
     if kind == "degradation":
-        changes = DEGRADATION_CPU if preset["steps"] == train.SMALL_CPU["steps"] else DEGRADATION
+        on_cpu = preset["steps"] == train.SMALL_CPU["steps"]
+        changes = {"log_every": 10, "steps": 600 if on_cpu else 4_000}
         say(f"degradation changes: {', '.join(f'{k} {v}' for k, v in changes.items())}")
         preset |= changes
     out, first = Path(given.get("out", f"runs/{kind}")), given.get("seed", 0)
@@ -199,30 +199,29 @@ def ablation_report(out: Path, runs: dict) -> str:
 
 @torch.no_grad()
 def draw_networks(out: Path, configs: dict[str, Config]) -> None:
-    """Three held-out pictures, taken at regular intervals, as each variant sees them."""
-    config, columns = next(iter(configs.values())), {}
+    """Three held-out pictures, at regular intervals, as each variant and iteration sees them."""
+    config, bodies = next(iter(configs.values())), {}
     smpl = SMPL(config.smpl or None).to(config.device)
     # the same people twice: as the networks see them, and large enough to draw on
     seen, sharp = (Batch(*(part[::22] for part in next(evaluation_pictures(dataclasses.replace(
         config, size=size, eval_pictures=64), smpl)))) for size in (config.size, PANEL))
     for name in (name for name in FIGURE if name in configs):
-        model, _, _ = train.load(Path(configs[name].out) / "checkpoint.pt", config.smpl,
-                                 config.device)
+        model, _, _ = train.load(f"{configs[name].out}/checkpoint.pt", config.smpl, config.device)
         thetas = model.regressor.theta_bar.expand(len(seen.image), -1), *model(seen.image)[0]
-        bodies = [model.decode(theta, vertices=True) for theta in thetas]
-        columns[FIGURE[name]] = bodies[-1]
-        if name == "paired+adv":
-            titles = ["Theta-bar", *(f"iteration {t}" for t in range(1, len(bodies)))]
-            compare(out / "iterations.png", seen, sharp, dict(zip(titles, bodies)), smpl.faces)
-    if columns:
-        compare(out / "ablation.png", seen, sharp, columns, smpl.faces)
+        bodies[name] = [model.decode(theta, vertices=True) for theta in thetas]
+    iterations = {f"iteration {t}" if t else "Theta-bar": body
+                  for t, body in enumerate(bodies.get("paired+adv", []))}
+    for file, columns in (("iterations", iterations),
+                          ("ablation", {FIGURE[name]: of[-1] for name, of in bodies.items()})):
+        if columns:
+            save_png(out / f"{file}.png", compare(seen, sharp, columns, smpl.faces))
 
 
-def compare(path: Path, seen: Batch, sharp: Batch, columns: dict, faces: Tensor) -> None:
-    """PNG, two rows a picture: the input, then each column's body over it, and turned 90 degrees.
+def compare(seen: Batch, sharp: Batch, columns: dict, faces: Tensor) -> Tensor:
+    """Two rows a picture: the input, then each column's body over it, and turned by 90 degrees.
 
     seen: what the network saw; sharp: the same people, to draw over; columns: title -> HMROutput.
-    True keypoints are drawn as white circles, predicted ones red.
+    White circles are the true keypoints, red discs the predicted ones.
     """
     parts = [F.pad(F.interpolate(seen.image, (PANEL, PANEL)), (0, 0, 0, PANEL), value=1.0)]
     for body in columns.values():               # each part is (B, 3, 2H, H)
@@ -237,7 +236,7 @@ def compare(path: Path, seen: Batch, sharp: Batch, columns: dict, faces: Tensor)
     for i, title in enumerate(["input", *columns]):
         ImageDraw.Draw(head).text(((i + 0.5) * PANEL, 14), title, "black",
                                   ImageFont.load_default(14), anchor="mm")
-    save_png(path, torch.cat([vision.pil_to_tensor(head) / 255, *torch.cat(parts, 3).cpu()], 1))
+    return torch.cat([vision.pil_to_tensor(head) / 255, *torch.cat(parts, 3).cpu()], 1)  # (3, H, W)
 
 
 def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: float = 2,
@@ -266,7 +265,7 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
     torch.manual_seed(config.seed)              # as `train` begins
     fresh = train.build(config, SMPL(config.smpl or None).to(config.device))
     fresh.amp = None                            # networks are compared in one precision: float32
-    trained, _, _ = train.load(Path(config.out) / "checkpoint.pt", config.smpl, config.device)
+    trained, _, _ = train.load(f"{config.out}/checkpoint.pt", config.smpl, config.device)
     norms, responses, batch = [], [], train.training_world(config, fresh.smpl).batch(config.steps)
     hooks = [layer.register_forward_hook(lambda _, i, y: responses.append(y.std().item()))
              for name, layer in trained.encoder.named_modules()
@@ -333,7 +332,7 @@ def draw_chart(title: str, points: list[tuple]) -> Tensor:
     return vision.pil_to_tensor(sheet.reduce(2)) / 255                # (3, 320, 440)
 
 
-def run(argv: list[str] | None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m appendix.ablate", allow_abbrev=False,
                                      description="Train and compare variants of --small.")
     parser.add_argument("kind", choices=("paper", "degradation"),
@@ -341,11 +340,8 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--variants", metavar="A,B,..", help="variants to train [all]")
     parser.add_argument("--seeds", metavar="N", type=int, default=1,
                         help="number of seeds, from --seed on [1]")
-    experiment(*train.parse(parser, argv))
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_status("appendix.ablate", lambda: run(argv))
+    given, args = train.parse(parser, argv)
+    return exit_status("appendix.ablate", lambda: experiment(given, args))
 
 
 if __name__ == "__main__":

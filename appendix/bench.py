@@ -11,17 +11,17 @@ Axes:  B bodies or pictures   C channels   V vertices   24 joints   19 keypoints
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import os
 import re
 import statistics
 import sys
+import time
+import timeit
 from typing import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 import train
 from data import seed_of
@@ -31,12 +31,15 @@ from smpl import SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_
 
 def in_turn(ways: list[Callable], rounds: int, calls: int = 1) -> list[float]:
     """Each function's median seconds a call.  They take turns, so that the machine's drift hits all
-    alike, and one round warms up.  Before a round's `calls` Timer makes two that do not count: the
-    first may give back memory that the function before it left."""
-    timers = [Timer("way()", globals={"way": way}, num_threads=torch.get_num_threads())
-              for way in ways]
-    table = [[timer.timeit(calls).mean for timer in timers] for _ in range(rounds + 1)]
-    return [statistics.median(of_one) for of_one in zip(*table[1:])]
+    alike.  Of twice `calls` calls the second time counts: the first may give back memory that the
+    function before it left.  Two rounds warm up."""
+    def clock() -> float:                       # when a GPU has done all that it was asked for
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    table = [[timeit.repeat(way, timer=clock, repeat=2, number=calls)[1] / calls for way in ways]
+             for _ in range(rounds + 2)]
+    return [statistics.median(of_one) for of_one in zip(*table[2:])]
 
 
 def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict[str, Callable], int]:
@@ -159,8 +162,8 @@ def bench_smpl(rounds: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     smpl = with_vertices(SMPL(), 6890).to(device)
     posedirs = smpl.posedirs.flatten(0, 1).T.contiguous()             # (207, 3V)
-    ways = (functools.partial(textbook, smpl, posedirs), smpl,
-            functools.partial(smpl, vertices=False))
+    ways = (lambda *inputs: textbook(smpl, posedirs, *inputs), smpl,
+            lambda *inputs: smpl(*inputs, vertices=False))
     print(f"V = {len(smpl.v_template):,}, float32, from rotation matrices, medians of {rounds} "
           f"rounds, torch {torch.__version__}, {train.device_name(device.type)}\n"
           "   B  pass       textbook ms    full ms  ratio   keypoints only ms  ratio")
@@ -172,7 +175,7 @@ def bench_smpl(rounds: int) -> None:
             out = [x for x in way(*inputs) if x is not None]
             if backward:                        # a gradient arrives at everything that came out
                 torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
-        a, b, c = in_turn([functools.partial(once, way) for way in ways], rounds)
+        a, b, c = in_turn([lambda way=way: once(way) for way in ways], rounds)
         print(f"{B:4d}  {'f + b' if backward else 'forward':7s} {1000 * a:14.2f} {1000 * b:10.2f} "
               f"{a / b:6.1f} {1000 * c:19.2f} {a / c:6.1f}", flush=True)
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import signal
 
-import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -74,22 +73,22 @@ def test_the_ablation_goes_on_after_an_interruption(tmp_path, monkeypatch, capsy
     assert len(steps) == 5, "a refused command trains nothing, a finished run no more"
 
 
-@pytest.mark.parametrize("heads, cells", [
-    ({"heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}, "0.60 ± 0.00 | 0.25 ± 0.00"),
-    ({}, " | ")], ids=["adv", "no-adv"])
-def test_the_ablations_spread_is_over_seeds(tmp_path, monkeypatch, heads, cells):
+def test_the_ablations_spread_is_over_seeds(tmp_path, monkeypatch):
     runs = {}
-    for seed, mpjpe in ((0, 100.0), (1, 110.0)):
-        row = {key: mpjpe for key, _ in train.MEASURES}
-        runs["T=1", seed] = heads | {
-            "truth": row, **dict.fromkeys(train.GUESSES, row), "per_iteration": [row],
-            "measured_on": "held-out clips", "seconds": 1.0, "device": "none", "torch": "0",
-            "precision": "float32", "config": tiny(tmp_path, iterations=1)}
+    for name, heads in (("T=1", {"heads": {"real": [0.5, 0.7], "fake": [0.25, 0.25]}}),
+                        ("paired", {})):        # without D
+        for seed, mpjpe in ((0, 100.0), (1, 110.0)):
+            row = {key: mpjpe for key, _ in train.MEASURES}
+            runs[name, seed] = heads | {
+                "truth": row, **dict.fromkeys(train.GUESSES, row), "per_iteration": [row],
+                "measured_on": "held-out clips", "seconds": 1.0, "device": "none", "torch": "0",
+                "precision": "float32", "config": tiny(tmp_path, iterations=1)}
     monkeypatch.setattr(ablate, "draw_networks", lambda *_: None)
     text = ablate.ablation_report(tmp_path, runs)
-    assert "(T=1 0, 1)" in text, "the footing names the seeds"
-    cell = "105.0 ± 7.1 | "                     # the sample deviation of 100 and 110
-    assert f"\n| T=1 | {cell * len(train.MEASURES)}{cells} |\n" in text
+    assert "(T=1 0, 1; paired 0, 1)" in text, "the footing names the seeds"
+    cells = "105.0 ± 7.1 | " * len(train.MEASURES)                    # of a sample, 100 and 110
+    for row in (f"T=1 | {cells}0.60 ± 0.00 | 0.25 ± 0.00", f"paired | {cells} | "):
+        assert f"\n| {row} |\n" in text
 
 
 def test_degradation_measures_four_networks(tmp_path, body, quick_guesses):
