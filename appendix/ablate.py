@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as vision
 
 import train
 from data import Batch, draw_mesh, save_png, side_view
-from hmr import HMR, LSP, Discriminator, mixed_precision
+from hmr import LSP, Discriminator, mixed_precision
 from smpl import SMPL, exit_status, say, write_atomically
 from train import GUESSES, MEASURES, Config, evaluation_pictures, flag, load_checkpoint, make_config
 

@@ -113,8 +113,8 @@ def dense(kind: str, part: dict) -> np.ndarray:
     """scipy's matrix as an array.  numpy itself checks counts and places, but for negative ones."""
     data, indices, starts = (array_of(part[key]) for key in ("data", "indices", "indptr"))
     count, (rows, columns) = np.diff(starts.astype(np.int64)), part.get("_shape") or part["shape"]
-    if max(rows, columns) > 10 ** 6 or rows * columns > 10 ** 7 or indices.min() < 0 or not (
-            data.shape == indices.shape == (count.sum(),)):
+    if not (0 < rows < 10 ** 6 and 0 < columns < 10 ** 6 and rows * columns < 10 ** 7 and
+            indices.min() >= 0 and data.shape == indices.shape == (count.sum(),)):
         raise ValueError("a sparse matrix whose numbers have no place in it")
     lines, matrix = np.repeat(np.arange(len(count)), count), np.zeros((rows, columns))
     np.add.at(matrix, (indices, lines) if kind == "csc_matrix" else (lines, indices), data)
