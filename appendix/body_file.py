@@ -46,7 +46,7 @@ class StandIn:
 
     def __init__(self, name, args):
         self.name = args[0] if name == "_reconstructor" else name     # protocols 0 and 1
-        self.args = args[:9]                    # none here takes more; a text has millions
+        self.args = args[:9]                    # no class here takes more; a text may have millions
 
 
 def obey(run: Callable, unpickler: "BodyUnpickler") -> None:
