@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as vision
 
 import train
 from data import Batch, draw_mesh, save_png, side_view
-from hmr import HMR, LSP, Discriminator, mixed_precision
+from hmr import LSP, Discriminator, mixed_precision
 from smpl import SMPL, exit_status, say, write_atomically
 from train import GUESSES, MEASURES, Config, evaluation_pictures, flag, load_checkpoint, make_config
 
@@ -42,7 +42,6 @@ FIGURE = {"paired+adv": "paired 3D + adversary", "adv": "adversary only (Fig. 4)
 # degradation: no adversary, so that all four networks minimise one and the same loss
 NETWORKS = {f"{kind}-{depth}": {"plain": kind == "plain", "depth": depth, "adv": False}
             for kind in ("plain", "ResNet") for depth in (18, 34)}
-DEGRADATION, DEGRADATION_CPU = (dict(log_every=10, steps=steps) for steps in (4_000, 600))
 PANEL = 176                                     # pixels: five panels are as wide as a README
 
 
@@ -84,7 +83,8 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
         raise ValueError("--seeds: expected 1 to 1000, in one process (without torchrun)")
     preset = train.small_preset(given)
     if kind == "degradation":
-        changes = DEGRADATION_CPU if preset["steps"] == train.SMALL_CPU["steps"] else DEGRADATION
+        on_cpu = preset["steps"] == train.SMALL_CPU["steps"]
+        changes = {"log_every": 10, "steps": 600 if on_cpu else 4_000}
         say(f"degradation changes: {', '.join(f'{k} {v}' for k, v in changes.items())}")
         preset |= changes
     out, first = Path(given.get("out", f"runs/{kind}")), given.get("seed", 0)
@@ -109,32 +109,31 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
             metrics or train.train(config, checkpoint, make_D=make_D)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
-    report(out, {run: metrics for run in finished() if (metrics := earlier(*run)[1])})
-    say("\n" + (out / f"{kind}.md").read_text(encoding="utf-8") + f"\nwritten to {out}")
+    text = report(out, {run: metrics for run in finished() if (metrics := earlier(*run)[1])})
+    write_atomically(out / f"{kind}.md", text.encode())
+    say(f"\n{text}\nwritten to {out}")
 
 
 def earlier_part(config: Config) -> tuple[dict | None, dict | None]:
-    """A run's folder -> its metrics if the run is finished, or its checkpoint, or neither.
+    """A run's folder -> its metrics, with today's "config", if it is finished, and its checkpoint.
 
-    The metrics are metrics.json's, if it is whole, with today's "config".  Raises ValueError for a
-    run of other settings.
+    Raises ValueError for a run of other settings.
     """
-    folder, metrics, checkpoint = Path(config.out), None, None
+    folder = Path(config.out)
+    if not (folder / "checkpoint.pt").is_file():
+        return None, None
+    checkpoint = load_checkpoint(folder / "checkpoint.pt", config.smpl)
+    for name, new in dataclasses.asdict(config).items():
+        then = checkpoint["config"][name]
+        if then != new and name not in ("device", "out", "log_every", "picture_every", "record"):
+            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with {flag(name)} "
+                             f"{then}, not {new}; give that or name another folder")
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        then, _ = dict(metrics["config"]), [metrics[key] for key in (*GUESSES, "truth", "seconds")]
-        metrics["config"] = config
-    except (OSError, ValueError, KeyError, TypeError):
-        if not (folder / "checkpoint.pt").is_file():
-            return None, None
-        metrics, checkpoint = None, load_checkpoint(folder / "checkpoint.pt", config.smpl)
-        then = checkpoint["config"]             # its run goes on, or is measured again
-    for name, new in dataclasses.asdict(config).items():
-        free = name in ("device", "out", "log_every", "picture_every", "record")
-        if not free and then.get(name) != new:
-            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with {flag(name)} "
-                             f"{then.get(name)}, not {new}; give that or name another folder")
-    return metrics, checkpoint
+        [metrics[key] for key in (*GUESSES, "truth", "seconds")]
+        return metrics | {"config": config}, checkpoint
+    except (OSError, ValueError, KeyError, TypeError):                # it is measured again
+        return None, checkpoint
 
 
 # --------------------------------------------------------------------------------------------
@@ -169,10 +168,10 @@ def write_csv(path: Path, rows: list) -> None:
     write_atomically(path, file.getvalue().encode())
 
 
-def ablation_report(out: Path, runs: dict) -> None:
+def ablation_report(out: Path, runs: dict) -> str:
     """ablation.csv: a row for every run and body, which is a lazy guess, an iteration or the truth.
-    ablation.md: a table of the variants and one of the iterations.  ablation.png, iterations.png:
-    what networks of the first seed see."""
+    ablation.png, iterations.png: what networks of the first seed see.  Returns a table of variants,
+    iterations and bodies."""
     rows = [["variant", "seed", "body", *dict(MEASURES), "D_real", "D_fake", "seconds"]]
     of = {}                                     # (variant, body) -> a list for each seed
     for (name, seed), metrics in runs.items():
@@ -187,6 +186,7 @@ def ablation_report(out: Path, runs: dict) -> None:
             of.setdefault((name, body), []).append(values)
     write_csv(out / "ablation.csv", rows)
     configs = {name: metrics["config"] for (name, _), metrics in reversed(runs.items())}
+    draw_networks(out, configs)
     one = next(iter(configs))                   # guesses and truth are the same for all
     shown = {title: of[one, title][:1] for title in GUESSES.values()}
     shown |= {name: of[name, f"iteration {configs[name].iterations}"] for name, _ in runs}
@@ -194,63 +194,61 @@ def ablation_report(out: Path, runs: dict) -> None:
               if name == "paired+adv" and body.startswith("iteration")}
     shown |= {"truth": of[one, "truth"][:1]}
     columns = {title: ".1f" for _, title in MEASURES} | {"D on real": ".2f", "D on fake": ".2f"}
-    write_atomically(out / "ablation.md", table("Ablation", runs, columns, shown).encode())
-    draw_networks(out, configs)
+    return table("Ablation", runs, columns, shown)
 
 
 @torch.no_grad()
 def draw_networks(out: Path, configs: dict[str, Config]) -> None:
-    """Three held-out pictures, taken at regular intervals, as each variant sees them."""
-    config, columns = next(iter(configs.values())), {}
+    """Three held-out pictures, at regular intervals, as each variant and iteration sees them."""
+    config, bodies = next(iter(configs.values())), {}
     smpl = SMPL(config.smpl or None).to(config.device)
     # the same people twice: as the networks see them, and large enough to draw on
     seen, sharp = (Batch(*(part[::22] for part in next(evaluation_pictures(dataclasses.replace(
         config, size=size, eval_pictures=64), smpl)))) for size in (config.size, PANEL))
     for name in (name for name in FIGURE if name in configs):
-        model, _, _ = train.load(Path(configs[name].out) / "checkpoint.pt", config.smpl,
-                                 config.device)
+        model, _, _ = train.load(f"{configs[name].out}/checkpoint.pt", config.smpl, config.device)
         thetas = model.regressor.theta_bar.expand(len(seen.image), -1), *model(seen.image)[0]
-        bodies = [model.decode(theta, vertices=True) for theta in thetas]
-        columns[FIGURE[name]] = bodies[-1]
-        if name == "paired+adv":
-            titles = ["Theta-bar", *(f"iteration {t}" for t in range(1, len(bodies)))]
-            compare(out / "iterations.png", seen, sharp, dict(zip(titles, bodies)), smpl.faces)
-    if columns:
-        compare(out / "ablation.png", seen, sharp, columns, smpl.faces)
+        bodies[name] = [model.decode(theta, vertices=True) for theta in thetas]
+    iterations = {f"iteration {t}" if t else "Theta-bar": body
+                  for t, body in enumerate(bodies.get("paired+adv", []))}
+    for file, columns in (("iterations", iterations),
+                          ("ablation", {FIGURE[name]: of[-1] for name, of in bodies.items()})):
+        if columns:
+            save_png(out / f"{file}.png", compare(seen, sharp, columns, smpl.faces))
 
 
-def compare(path: Path, seen: Batch, sharp: Batch, columns: dict, faces: Tensor) -> None:
-    """PNG, two rows a picture: the input, then each column's body over it, and turned 90 degrees.
+def compare(seen: Batch, sharp: Batch, columns: dict, faces: Tensor) -> Tensor:
+    """Two rows a picture: the input, then each column's body over it, and turned by 90 degrees.
 
     seen: what the network saw; sharp: the same people, to draw over; columns: title -> HMROutput.
-    True keypoints are drawn as white circles, predicted ones red.
+    White circles are the true keypoints, red discs the predicted ones.
     """
     parts = [F.pad(F.interpolate(seen.image, (PANEL, PANEL)), (0, 0, 0, PANEL), value=1.0)]
     for body in columns.values():               # each part is (B, 3, 2H, H)
         overlay = draw_mesh(body.vertices, faces, body.cam, PANEL, sharp.image)   # (B, 3, H, H)
-        for i, image in enumerate(overlay):
-            true, predicted = sharp.keypoints2d[i, :LSP], body.keypoints2d[i, :LSP]
-            image = draw_points(image, true, (0, 0, 0), 5.5, filled=False)      # seen on any ground
-            image = draw_points(image, true, (1, 1, 1), 4.5, filled=False)
-            overlay[i] = draw_points(draw_points(image, predicted, (0, 0, 0), 3.2), predicted)
+        true, predicted = sharp.keypoints2d[:, :LSP], body.keypoints2d[:, :LSP]   # (B, 14, 2)
+        overlay = draw_points(overlay, true, (0, 0, 0), 5.5, filled=False)    # seen on any ground
+        overlay = draw_points(overlay, true, (1, 1, 1), 4.5, filled=False)
+        overlay = draw_points(draw_points(overlay, predicted, (0, 0, 0), 3.2), predicted)
         turned = draw_mesh(side_view(body.vertices), faces, body.cam, PANEL)      # (B, 3, H, H)
         parts.append(torch.cat([overlay, turned], 2))
     head = Image.new("RGB", (len(parts) * PANEL, 28), "white")
     for i, title in enumerate(["input", *columns]):
         ImageDraw.Draw(head).text(((i + 0.5) * PANEL, 14), title, "black",
                                   ImageFont.load_default(14), anchor="mm")
-    save_png(path, torch.cat([vision.pil_to_tensor(head) / 255, *torch.cat(parts, 3).cpu()], 1))
+    return torch.cat([vision.pil_to_tensor(head) / 255, *torch.cat(parts, 3).cpu()], 1)  # (3, H, W)
 
 
 def draw_points(image: Tensor, keypoints2d: Tensor, color=(1.0, 0.2, 0.2), radius: float = 2,
                 filled: bool = True) -> Tensor:
-    """Discs, or circles if not filled, at keypoints2d (K, 2) in [-1, 1] on image (3, H, W)."""
+    """Discs, or circles if not filled, at keypoints2d (.., K, 2) in [-1, 1] on (.., 3, H, W)."""
     size = image.shape[-1]
     p = torch.arange(size, device=image.device) + 0.5                 # (W,)
-    for x, y in ((keypoints2d + 1) * size / 2).tolist():
-        distance = ((p[None] - x) ** 2 + (p[:, None] - y) ** 2).sqrt()            # (H, W)
+    for point in ((keypoints2d + 1) * size / 2).unbind(-2):           # (.., 2)
+        x, y = point[..., None, None].unbind(-3)                      # (.., 1, 1)
+        distance = ((p - x) ** 2 + (p[:, None] - y) ** 2).sqrt()      # (.., H, W)
         mask = distance <= radius if filled else (distance - radius).abs() <= 0.8
-        image = torch.where(mask, image.new_tensor(color)[:, None, None], image)
+        image = torch.where(mask.unsqueeze(-3), image.new_tensor(color)[:, None, None], image)
     return image
 
 
@@ -267,26 +265,23 @@ def probe(config: Config) -> tuple[list[float], list[float]]:
     torch.manual_seed(config.seed)              # as `train` begins
     fresh = train.build(config, SMPL(config.smpl or None).to(config.device))
     fresh.amp = None                            # networks are compared in one precision: float32
-    trained, _, _ = train.load(Path(config.out) / "checkpoint.pt", config.smpl, config.device)
-    responses, batch = [], train.training_world(config, fresh.smpl).batch(config.steps)
+    trained, _, _ = train.load(f"{config.out}/checkpoint.pt", config.smpl, config.device)
+    norms, responses, batch = [], [], train.training_world(config, fresh.smpl).batch(config.steps)
     hooks = [layer.register_forward_hook(lambda _, i, y: responses.append(y.std().item()))
              for name, layer in trained.encoder.named_modules()
              if name.startswith("layer") and name.endswith(("bn1", "bn2"))]
     with torch.no_grad():
         trained(next(evaluation_pictures(config, trained.smpl)).image)
-    for hook in hooks:
-        hook.remove()
-
-    def gradient(model: HMR) -> float:
+    for model in (fresh, trained):
         still = torch.optim.SGD(model.parameters(), 0.0)              # a step of length 0
         train.train_step(model.train(), None, still, None, batch, None, config)   # adv is off
-        return model.encoder.conv1.weight.grad.norm().item()
-    return [gradient(fresh), gradient(trained)], responses
+        norms.append(model.encoder.conv1.weight.grad.norm().item())
+    return norms, responses[:len(hooks)]        # not those of the last step
 
 
-def degradation_report(out: Path, runs: dict) -> None:
-    """degradation.csv: training losses.  responses.csv: responses by layer.  degradation.md: their
-    means, and gradients.  degradation.png: both by step and layer; thin is plain, bold residual."""
+def degradation_report(out: Path, runs: dict) -> str:
+    """degradation.csv: training losses.  responses.csv: responses by layer.  degradation.png: both
+    by step and layer; thin is plain, bold residual.  Returns a table of means and gradients."""
     losses, layers, rows = [], [], {}
     for (name, seed), metrics in runs.items():
         config = metrics["config"]
@@ -300,45 +295,44 @@ def degradation_report(out: Path, runs: dict) -> None:
                                           statistics.mean(responses)])
     write_csv(out / "degradation.csv", [("network", "seed", "step", "loss"), *losses])
     write_csv(out / "responses.csv", [("network", "seed", "layer", "response_std"), *layers])
-    columns = {"training loss, last 10 %": ".2f", "MPJPE mm": ".1f", "gradient norm at conv1, "
-               "before": ".4g", "after training": ".4g", "std of 3x3 layers' responses": ".3f"}
-    write_atomically(out / "degradation.md", table("Degradation", runs, columns, rows).encode())
-    # The first losses are far larger than all others.
-    later = [point for point in losses if point[2] > 0.05 * config.steps]
+    later = [point for point in losses if point[2] > 0.05 * config.steps]       # the first are huge
     save_png(out / "degradation.png", torch.cat([
         draw_chart("training loss, by step", later),
         draw_chart("std of the 3x3 layers' responses, by layer", layers)], 2))
+    columns = {"training loss, last 10 %": ".2f", "MPJPE mm": ".1f", "gradient norm at conv1, "
+               "before": ".4g", "after training": ".4g", "std of 3x3 layers' responses": ".3f"}
+    return table("Degradation", runs, columns, rows)
 
 
 def draw_chart(title: str, points: list[tuple]) -> Tensor:
     """points (network, seed, x, y), of which the mean over seeds is drawn -> (3, 320, 440)."""
-    lines = {}                                  # network -> x -> the seeds' y
+    seeds, lines = {}, {}
     for name, _, x, y in points:
-        lines.setdefault(name, {}).setdefault(x, []).append(y)
-    lines = {name: [(x, statistics.mean(ys)) for x, ys in of.items()] for name, of in lines.items()}
-    xs, ys = ((min(numbers), max(numbers)) for numbers in zip(*sum(lines.values(), [])))  # ranges
-    left, right, top, bottom = 110, 850, 100, 590                     # twice the result's pixels
-    across = lambda x: float(np.interp(x, xs, (left, right)))
-    down = lambda y: float(np.interp(y, ys, (bottom, top)))
-    sheet = Image.new("RGB", (880, 640), "white")
+        seeds.setdefault((name, x), []).append(y)
+    for (name, x), ys in seeds.items():
+        lines.setdefault(name, []).append((x, statistics.mean(ys)))
+    drawn = np.concatenate(list(lines.values()))                      # (points, 2)
+    low, span = drawn.min(0), np.ptp(drawn, 0) + 1e-9                 # one point has no span
+    sheet = Image.new("RGB", (880, 640), "white")                     # twice the result's pixels
     draw = ImageDraw.Draw(sheet)
     draw.font = ImageFont.load_default(26)
     draw.text((440, 30), title, "black", ImageFont.load_default(30), anchor="mm")
-    for x, y in zip(np.linspace(*xs, 5), np.linspace(*ys, 5)):        # a grid
-        draw.line([(across(x), bottom), (across(x), top)], "#dddddd", 2)
-        draw.line([(left, down(y)), (right, down(y))], "#dddddd", 2)
-        draw.text((across(x), bottom + 26), f"{x:.4g}", "black", anchor="mm")
-        draw.text((left - 10, down(y)), f"{y:.3g}", "black", anchor="rm")
+    for part in np.linspace(0, 1, 5):                                 # a grid
+        (x, y), (across, down) = low + part * span, (110 + 740 * part, 590 - 490 * part)
+        draw.line([across, 590, across, 100], "#dddddd", 2)
+        draw.line([110, down, 850, down], "#dddddd", 2)
+        draw.text((across, 616), f"{x:.4g}", "black", anchor="mm")
+        draw.text((100, down), f"{y:.3g}", "black", anchor="rm")
     for i, (name, line) in enumerate(lines.items()):
         style = "#c0392b" if "34" in name else "#2471a3", 2 if "plain" in name else 6
-        draw.line([(across(x), down(y)) for x, y in line], *style, joint="curve")
-        x = left + 190 * i                      # of the legend
-        draw.line([(x, 74), (x + 40, 74)], *style)
-        draw.text((x + 50, 74), name, "black", anchor="lm")
+        places = (110, 590) + (line - low) / span * (740, -490)       # (points of the line, 2)
+        draw.line(places.flatten().tolist(), *style, joint="curve")
+        draw.line([110 + 190 * i, 74, 150 + 190 * i, 74], *style)     # the legend
+        draw.text((160 + 190 * i, 74), name, "black", anchor="lm")
     return vision.pil_to_tensor(sheet.reduce(2)) / 255                # (3, 320, 440)
 
 
-def run(argv: list[str] | None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m appendix.ablate", allow_abbrev=False,
                                      description="Train and compare variants of --small.")
     parser.add_argument("kind", choices=("paper", "degradation"),
@@ -346,11 +340,8 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--variants", metavar="A,B,..", help="variants to train [all]")
     parser.add_argument("--seeds", metavar="N", type=int, default=1,
                         help="number of seeds, from --seed on [1]")
-    experiment(*train.parse(parser, argv))
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_status("appendix.ablate", lambda: run(argv))
+    given, args = train.parse(parser, argv)
+    return exit_status("appendix.ablate", lambda: experiment(given, args))
 
 
 if __name__ == "__main__":

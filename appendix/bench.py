@@ -11,13 +11,13 @@ Axes:  B bodies or pictures   C channels   V vertices   24 joints   19 keypoints
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import os
 import re
 import statistics
 import sys
 import time
+import timeit
 from typing import Callable
 
 import torch
@@ -29,23 +29,23 @@ from hmr import Discriminator
 from smpl import SMPL, SMPLOutput, batch_rigid_transform, batch_rodrigues, exit_status
 
 
-def in_turn(ways: list[Callable], rounds: int) -> list[float]:
-    """Each function's median seconds.  They take turns, so that the machine's drift hits all alike.
-    Of two calls the second counts: the first may give back memory that the function before it left.
-    Two rounds warm up."""
-    def seconds(run_once: Callable) -> float:
-        begun = time.perf_counter()
-        run_once()
+def in_turn(ways: list[Callable], rounds: int, calls: int = 1) -> list[float]:
+    """Each function's median seconds a call.  They take turns, so that the machine's drift hits all
+    alike.  Of twice `calls` calls the second time counts: the first may give back memory that the
+    function before it left.  Two rounds warm up."""
+    def clock() -> float:                       # when a GPU has done all that it was asked for
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
-    table = [[(seconds(way), seconds(way))[1] for way in ways] for _ in range(rounds + 2)]
+        return time.perf_counter()
+    table = [[timeit.repeat(way, timer=clock, repeat=2, number=calls)[1] / calls for way in ways]
+             for _ in range(rounds + 2)]
     return [statistics.median(of_one) for of_one in zip(*table[2:])]
 
 
 def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict[str, Callable], int]:
-    """train()'s step, built up part by part: title -> a function, and how many steps it makes, on a
-    GPU as many as the world draws ahead.  The last is train()'s whole step, on a GPU recorded."""
+    """train()'s step, built up part by part: title -> a function, and how many calls to time
+    together, on a GPU as many as the world draws ahead.  The last is train()'s whole step, on a GPU
+    recorded."""
     torch.manual_seed(config.seed)
     model, D = train.build(config, smpl), Discriminator().to(config.device)
     world, numbers = train.training_world(config, smpl), itertools.count()
@@ -77,22 +77,22 @@ def bench_steps(config: train.Config, smpl: SMPL) -> tuple[dict[str, Callable], 
         "+ discriminators, L_adv": lambda: loss(*fixed),
         "+ pictures, motion, rates: the whole step": lambda: whole(loss)}
     if train.records(config):
-        alone, inside = train.RecordedStep(loss), train.RecordedStep(loss)
-        steps |= {"recorded: all but pictures, motion, rates": lambda: alone(*fixed),
-                  "recorded: the whole step": lambda: whole(inside)}
-    return {title: lambda step=step: [step() for _ in range(world.ahead)]
-            for title, step in steps.items()}, world.ahead
+        recorded = train.RecordedStep(loss)
+        steps |= {"recorded: all but pictures, motion, rates": lambda: recorded(*fixed),
+                  "recorded: the whole step": lambda: whole(recorded)}
+    return steps, world.ahead
 
 
-def count_calls(run_once: Callable, device: str) -> int:
-    """Launches of kernels and graphs on a GPU; on a CPU calls of PyTorch's operators, those of one
-    operator by another included."""
+def count_calls(step: Callable, steps: int, device: str) -> float:
+    """Launches of kernels and graphs by a step on a GPU; on a CPU calls of PyTorch's operators,
+    those of one operator by another included."""
     # No lines of the profiler's own; some versions crashed when CUPTI restarted beside CUDA graphs.
     os.environ.update(KINETO_LOG_LEVEL="99", DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
     with torch.profiler.profile() as seen:
-        run_once()
+        for _ in range(steps):
+            step()
     name = "cu(da)?(Graph)?Launch" if device == "cuda" else "aten::"
-    return sum(bool(re.match(name, call.name)) for call in seen.events())
+    return sum(bool(re.match(name, call.name)) for call in seen.events()) / steps
 
 
 def row(title: str, pictures: int, seconds: float, encoder: float) -> str:
@@ -110,9 +110,9 @@ def bench_step(config: train.Config, rounds: int) -> None:
                          rounds)
         print(f"{f'inference, {B} at a time, all vertices':42s}{1000 * s:9.1f}{B / s:20.1f}")
     steps, ahead = bench_steps(config, smpl)
-    seconds = [s / ahead for s in in_turn(list(steps.values()), rounds)]
+    seconds = in_turn(list(steps.values()), rounds, ahead)
     for (title, step), s in zip(steps.items(), seconds):              # counting slows later steps
-        calls = count_calls(step, config.device) / ahead
+        calls = count_calls(step, ahead, config.device)
         print(row(title, config.batch, s, seconds[0]) + f"{calls:11.0f}")
 
 
@@ -126,7 +126,7 @@ def bench_growth(config: train.Config, rounds: int) -> None:
             smpl = with_vertices(SMPL(config.smpl or None), V if of else value).to(config.device)
             steps, ahead = bench_steps(changed := dataclasses.replace(config, **of), smpl)
             encoder, *_, whole = steps.values()                       # on a GPU a recorded step
-            encoder, whole = (s / ahead for s in in_turn([encoder, whole], rounds))
+            encoder, whole = in_turn([encoder, whole], rounds, ahead)
             print(row(f"{name} {value}", changed.batch, whole, encoder), flush=True)
 
 
@@ -162,8 +162,8 @@ def bench_smpl(rounds: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     smpl = with_vertices(SMPL(), 6890).to(device)
     posedirs = smpl.posedirs.flatten(0, 1).T.contiguous()             # (207, 3V)
-    ways = (functools.partial(textbook, smpl, posedirs), smpl,
-            functools.partial(smpl, vertices=False))
+    ways = (lambda *inputs: textbook(smpl, posedirs, *inputs), smpl,
+            lambda *inputs: smpl(*inputs, vertices=False))
     print(f"V = {len(smpl.v_template):,}, float32, from rotation matrices, medians of {rounds} "
           f"rounds, torch {torch.__version__}, {train.device_name(device.type)}\n"
           "   B  pass       textbook ms    full ms  ratio   keypoints only ms  ratio")
@@ -175,7 +175,7 @@ def bench_smpl(rounds: int) -> None:
             out = [x for x in way(*inputs) if x is not None]
             if backward:                        # a gradient arrives at everything that came out
                 torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
-        a, b, c = in_turn([functools.partial(once, way) for way in ways], rounds)
+        a, b, c = in_turn([lambda way=way: once(way) for way in ways], rounds)
         print(f"{B:4d}  {'f + b' if backward else 'forward':7s} {1000 * a:14.2f} {1000 * b:10.2f} "
               f"{a / b:6.1f} {1000 * c:19.2f} {a / c:6.1f}", flush=True)
 

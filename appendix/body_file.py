@@ -41,43 +41,50 @@ class Refused(ValueError):
 
 
 class StandIn:
-    """An object of a pickle: its class's name, its arguments and its state, never acted on."""
-    args, state = (), {}
+    """What a pickle wants to be made: the name it calls, arguments, state.  Nothing is called."""
+    state = {}
 
-    def __init__(self, *args):
-        self.args = args[:9]                    # no class here takes more; copies fill the memory
-
-    def __setstate__(self, state):              # without it a pickle may set any attribute
-        self.state = state
+    def __init__(self, name, args):
+        self.name = args[0] if name == "_reconstructor" else name     # protocols 0 and 1
+        self.args = args[:9]                    # no class here takes more; a text may have millions
 
 
-class Tuple(tuple):
-    __hash__ = None         # to hash a tuple of one tuple twice, and so on 60 times, takes for ever
-
-
-def obey(code: int, run: Callable, unpickler: "BodyUnpickler") -> None:
+def obey(run: Callable, unpickler: "BodyUnpickler") -> None:
     """Run one instruction of a pickle, unless it could fill the memory; a body takes some 1,000."""
     unpickler.left -= 1
-    is_call = code in pickle.REDUCE + pickle.NEWOBJ                   # its arguments: no long text
-    if unpickler.left < 0 or is_call and not isinstance(unpickler.stack[-1], tuple):
-        raise Refused("it asks for over 20,000 instructions, or for a call without arguments")
+    if unpickler.left < 0:
+        raise Refused("it asks for over 20,000 instructions")
     run(unpickler)
-    if unpickler.stack and type(unpickler.stack[-1]) is tuple:
-        unpickler.stack[-1] = Tuple(unpickler.stack[-1])
+    top = unpickler.stack[-1] if unpickler.stack else None
+    if isinstance(top, bytes):
+        unpickler.stack[-1] = top.decode("latin1")                    # as Python 2's strings
+    elif isinstance(top, tuple):                # to hash a tuple of one tuple twice, and so on 60
+        unpickler.stack[-1] = list(top)         # times, takes for ever; a list has no hash
 
 
 class BodyUnpickler(pickle._Unpickler):
     """The standard library's unpickler in Python, because its instructions can be replaced."""
     left = 20_000
-    dispatch = {code: functools.partial(obey, code, run)
-                for code, run in pickle._Unpickler.dispatch.items()
-                if code not in pickle.DUP + pickle.FROZENSET + pickle.NEWOBJ_EX}    # of no body
-    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]    # bytes take no memory ahead
 
     def find_class(self, module, name):
         if name not in NAMES:
             raise Refused(f"it asks for {module:.80}.{name:.80}")
-        return type(name, (StandIn,), {})
+        return name
+
+    def call(self):
+        name, args = self.stack[-2:]            # bytes of Python 3 are a call in protocols 0 to 2
+        self.stack[-2:] = ["".join(args[:1]) if name in ("encode", "bytes") else
+                           StandIn(name, args)]
+
+    def build(self):
+        state = self.stack.pop()
+        self.stack[-1].state = state
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.REDUCE[0]: call, pickle.NEWOBJ[0]: call, pickle.BUILD[0]: build,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}       # takes no memory ahead
+    dispatch = {code: functools.partial(obey, run) for code, run in dispatch.items()
+                if code not in pickle.DUP + pickle.FROZENSET + pickle.NEWOBJ_EX}    # of no body
 
 
 def require_size(numbers: int) -> None:
@@ -85,24 +92,17 @@ def require_size(numbers: int) -> None:
         raise Refused("it unpacks to more than 128 million numbers or bytes")
 
 
-def text_of(x):
-    """A string of Python 2 or 3 or bytes, however written, as the text of these characters."""
-    if isinstance(x, StandIn):                  # encode(text, "latin1"), bytes(): protocols 0 to 2
-        return "".join(x.args[:1])
-    return x.decode("latin1") if isinstance(x, bytes) else x
-
-
 def array_of(value: StandIn) -> np.ndarray:
     """numpy's two ways to write an array; frombuffer and reshape count the numbers."""
-    if type(value).__name__ == "_frombuffer":   # in protocol 5, unless the array has gaps
+    if value.name == "_frombuffer":             # in protocol 5, unless the array has gaps
         data, dtype, shape, order, *axes = value.args
     else:                                       # _reconstruct, any array in any protocol
         _, shape, dtype, fortran, data = value.state
         order = "F" if fortran else "C"
-    code = text_of(dtype.state[1]) + text_of(dtype.args[0])           # as "<f8"
+    code = dtype.state[1] + dtype.args[0]                             # as "<f8"
     if not re.fullmatch("[<>|](b1|f[248]|[iu][1248])", code):
         raise ValueError(f"an array of {code!r}, not of numbers")
-    array = np.frombuffer(text_of(data).encode("latin1"), code)
+    array = np.frombuffer(data.encode("latin1"), code)
     require_size(array.size)                    # a Select by so many bytes is 8 times as large
     if order == "K":                            # numpy 2.3: as in memory, and the order of the axes
         return array.reshape(shape).transpose(*axes)
@@ -113,22 +113,19 @@ def dense(kind: str, part: dict) -> np.ndarray:
     """scipy's matrix as an array.  numpy itself checks counts and places, but for negative ones."""
     data, indices, starts = (array_of(part[key]) for key in ("data", "indices", "indptr"))
     count, (rows, columns) = np.diff(starts.astype(np.int64)), part.get("_shape") or part["shape"]
-    if not 0 < rows * columns < 10 ** 7 or indices.min() < 0 or not (
-            data.shape == indices.shape == (count.sum(),)):
+    if not (0 < rows < 10 ** 6 and 0 < columns < 10 ** 6 and rows * columns < 10 ** 7 and
+            indices.min() >= 0 and data.shape == indices.shape == (count.sum(),)):
         raise ValueError("a sparse matrix whose numbers have no place in it")
     lines, matrix = np.repeat(np.arange(len(count)), count), np.zeros((rows, columns))
     np.add.at(matrix, (indices, lines) if kind == "csc_matrix" else (lines, indices), data)
     return matrix
 
 
-def plain(value) -> np.ndarray:
+def plain(value: StandIn) -> np.ndarray:
     """Stand-ins, nested as chumpy nests them, as one array."""
-    kind = type(value).__name__
-    if kind == "_reconstructor":                # protocols 0 and 1
-        kind = value.args[0].__name__
+    kind, part = value.name, value.state
     if kind in ("_reconstruct", "_frombuffer"):
         return array_of(value)
-    part = {text_of(key): x for key, x in value.state.items()}
     if kind.endswith("_matrix"):
         return dense(kind, part)
     array = plain(part["x" if kind == "Ch" else "a"])
@@ -153,8 +150,8 @@ def read_arrays(content: bytes) -> dict[str, np.ndarray]:
                 require_size(sum(member.file_size for member in file.zip.infolist()))
                 return {key: np.asarray(file[key]) for key in KEYS if key in file.files}
         for key, value in BodyUnpickler(io.BytesIO(content), encoding="latin1").load().items():
-            if text_of(key) in KEYS:
-                arrays[text_of(key)] = plain(value)
+            if key in KEYS:
+                arrays[key] = plain(value)
                 require_size(sum(array.size for array in arrays.values()))
         return arrays
     except Refused as error:

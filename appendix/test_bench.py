@@ -40,12 +40,12 @@ def test_the_bench_times_the_loop_that_trains(tmp_path, body, monkeypatch, recor
 
 
 def test_launches_and_operators_are_counted(monkeypatch):
-    calls = bench.count_calls(lambda: torch.ones(2, 2).mm(torch.ones(2, 2)), "cpu")
+    calls = bench.count_calls(lambda: torch.ones(2, 2).mm(torch.ones(2, 2)), 2, "cpu")
     assert calls >= 3, f"{calls} operators, but ones, ones and mm were called"
     names = "cudaLaunchKernel cuLaunchKernelEx cudaGraphLaunch cudaMemcpyAsync aten::mm Launch"
     seen = SimpleNamespace(events=lambda: [SimpleNamespace(name=name) for name in names.split()])
     monkeypatch.setattr(torch.profiler, "profile", lambda: contextlib.nullcontext(seen))
-    assert bench.count_calls(lambda: None, "cuda") == 3, "kernels and graphs, and no copies"
+    assert bench.count_calls(lambda: None, 1, "cuda") == 3, "kernels and graphs, and no copies"
 
 
 def test_the_benchs_large_body_and_its_textbook_are_the_body():
@@ -62,7 +62,7 @@ def test_the_benchs_large_body_and_its_textbook_are_the_body():
 def test_the_bench_prints_every_row_and_reports_bad_input_in_a_sentence(capsys, monkeypatch):
     monkeypatch.setattr(bench, "with_vertices", lambda smpl, V: smpl)
     monkeypatch.setattr(bench, "bench_steps", lambda *_: ({"encoder": int, "+ all": int}, 1))
-    monkeypatch.setattr(bench, "in_turn", lambda ways, _: [(way(), 1.0)[1] for way in ways])
+    monkeypatch.setattr(bench, "in_turn", lambda ways, *_: [(way(), 1.0)[1] for way in ways])
     small = ["--small", "--device", "cpu", "--width", "8"]
     for arguments, count in ((["smpl"], 8), (["grow", *small], 16), (["step", *small], 4)):
         assert bench.main([*arguments, "--rounds", "1"]) == 0
