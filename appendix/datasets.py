@@ -24,9 +24,6 @@ import json
 import math
 import os
 import re
-import signal
-import statistics
-import struct
 import sys
 import warnings
 import zlib
@@ -492,9 +489,9 @@ def read_coco(path: Path, images: Path) -> People:
 def is_small(path: Path) -> bool:
     """Does a MATLAB 5 file's every compressed variable unpack to at most 1 GiB?"""
     content, at = path.read_bytes(), 128
-    order = "<" if content[126:128] == b"IM" else ">"
+    order = "little" if content[126:128] == b"IM" else "big"
     while at + 8 <= len(content):
-        kind, size = struct.unpack_from(order + "II", content, at)
+        kind, size = (int.from_bytes(content[n:n + 4], order) for n in (at, at + 4))
         stream, at = zlib.decompressobj(), at + 8 + size
         if kind == 15 and (stream.decompress(content[at - size:at], MOST_BYTES)
                            and stream.unconsumed_tail):               # 15: miCOMPRESSED
@@ -764,8 +761,7 @@ def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
     """
     # a generator of its own: the loader's draw must not touch that of dropout
     loader = DataLoader(pictures, batch_sampler=draws, collate_fn=collate, num_workers=workers,
-                        generator=torch.Generator(), worker_init_fn=leave_ctrl_c_to_main,
-                        pin_memory=device.type == "cuda")
+                        generator=torch.Generator(), pin_memory=device.type == "cuda")
     left_out = {}                               # (data set, row): why
     try:
         for batch, rows, broken in loader:
@@ -788,10 +784,6 @@ def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
             raise
         raise ValueError(f"--workers {workers}: a loading process ended ({error!s:.100}); is "
                          f"/dev/shm full? try --workers 0") from None
-
-
-def leave_ctrl_c_to_main(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class RealPeople(SyntheticPeople):
@@ -957,37 +949,33 @@ def measure(network: Network, found: People, options: argparse.Namespace) -> tup
         true, known, skin = protocol.truth(batch, rows)
         bodies = [model.decode(theta, vertices=True) for theta in model(batch.image)[0]]  # T
         rooted = [protocol.rooted(body.keypoints3d, body.vertices) for body in bodies]
-        part = dict(true=true, known=known, row=torch.tensor(rows), rotmats=bodies[-1].rotmats,
-                    betas=bodies[-1].betas, camera=bodies[-1].cam,
-                    joints=torch.stack([points for points, _ in rooted], 1),      # (B, T, P, 3)
-                    pve=torch.stack([1000 * (x - skin).norm(dim=-1).mean(1) for _, x in rooted], 1))
-        parts.append({key: x.cpu() for key, x in part.items()})       # pve (B, T)
+        joints = torch.stack([points for points, _ in rooted], 1)     # (B, T, P, 3)
+        pve = torch.stack([1000 * (x - skin).norm(dim=-1).mean(1) for _, x in rooted], 1)   # (B, T)
+        parts.append([x.cpu() for x in (known, true, joints, pve, torch.tensor(rows), *(
+            getattr(bodies[-1], key) for key in ("rotmats", "betas", "cam")))])
         if len(parts) % 200 == 0:
             say(f"{64 * len(parts):,} of {N:,} people")
-    every = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    known, image = every["known"], found.image[every["row"].numpy()]
+    known, true, joints, pve, row, rotmats, betas, cam = map(torch.cat, zip(*parts))      # (n, ..)
     if not known.any():
         raise ValueError(f"--data {found.name}: nobody has all of {protocol.joints}")
-    true, joints, pve = (every[key][known] for key in ("true", "joints", "pve"))  # (n, ..)
+    every = [(joints[known, t], true[known], pve[known, t]) for t in range(pve.shape[1])]
     # H3.6M's actions, if all pictures have names such as S9_Directions_1.54138969_000001.jpg
-    named = [re.search(r"(?:^|/)S\d+_([A-Za-z]+)[^/]*$", os.fsdecode(x)) for x in image[known]]
-    action = np.array([name[1] for name in named] if all(named) else [])          # (n,) or (0,)
-    per_action = {one: summary(*(x[action == one] for x in (joints[:, -1], true, pve[:, -1])))
-                  for one in sorted({*action})}
-    result = {"data": found.name, "joints": protocol.joints, "frames": len(true),
+    image, kept = found.image[row.numpy()], known.numpy()             # (n,) each
+    named = [re.search(r"(?:^|/)S\d+_([A-Za-z]+)[^/]*$", os.fsdecode(x)) for x in image[kept]]
+    action = np.array([name[1] for name in named] if all(named) else [])
+    per_action = {one: summary(*(x[action == one] for x in every[-1])) for one in sorted({*action})}
+    result = {"data": found.name, "joints": protocol.joints, "frames": int(known.sum()),
               "truth": "measured joints S" if protocol.from_S else protocol.body,
               "skin": f"{len(model.smpl.v_template):,} vertices, the same root; truth: "
-                      f"{protocol.body}", "frames_of_skin": int(pve[:, 0].isfinite().sum()),
-              "per_iteration": [summary(joints[:, t], true, pve[:, t])
-                                for t in range(pve.shape[1])],
-              "per_action": per_action, "mean_of_actions": {
-                  key: statistics.mean(row[key] for row in per_action.values())
-                  for key in ("mpjpe", "pa_mpjpe", "frames")} if per_action else None}
-    pose = Rotation.from_matrix(every["rotmats"].flatten(0, 1).double()).as_rotvec()
-    return result, {"data": np.full(len(image), found.name), "imgname": image,
-                    "row": every["row"].numpy(), "pose": pose.reshape(-1, 24, 3),
-                    "betas": every["betas"].numpy(), "camera": every["camera"].numpy(),
-                    "joints_mm": 1000 * every["joints"][:, -1].numpy()}
+                      f"{protocol.body}", "frames_of_skin": int(pve[known, 0].isfinite().sum()),
+              "per_iteration": [summary(*one) for one in every], "per_action": per_action,
+              "mean_of_actions": {key: float(np.mean([row[key] for row in per_action.values()]))
+                                  for key in ("mpjpe", "pa_mpjpe", "frames")} if per_action else
+              None}
+    pose = Rotation.from_matrix(rotmats.flatten(0, 1).double()).as_rotvec()
+    return result, {"data": np.full(len(image), found.name), "imgname": image, "row": row.numpy(),
+                    "pose": pose.reshape(-1, 24, 3), "betas": betas.numpy(), "camera": cam.numpy(),
+                    "joints_mm": 1000 * joints[:, -1].numpy()}
 
 
 def summary(points: Tensor, true: Tensor, pve: Tensor) -> dict[str, float | None]:
