@@ -16,6 +16,7 @@ that count whole pixels get + 0.5 where they are read, MATLAB's, which count fro
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -304,6 +305,16 @@ def read_people(text: str) -> People:
     return readers[kind](Path(file), Path(images or file))
 
 
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, wrong: str, expected: str) -> Iterator[Path]:
+    """What goes wrong here becomes a sentence.  Raises FileNotFoundError, ValueError."""
+    path = plain_file(path, expected)
+    try:
+        yield path
+    except Exception as error:                  # zipfile's, numpy's, scipy's, json's own
+        raise ValueError(f"{path}: {wrong} ({error!r:.200}); expected {expected}") from None
+
+
 MOST_BYTES = 2 ** 30              # that a file of numbers may hold, unpacked
 KINDS = {"imgname": "SU", "gender": "SUfiub"}       # text, or text or numbers; else numbers
 
@@ -312,20 +323,16 @@ def load_arrays(path: Path, wanted: Iterable[str], expected: str
                 ) -> tuple[dict[str, np.ndarray], set[str]]:
     """Those of the wanted arrays that an .npz has, and its other keys.  No object is unpickled,
     and nothing of more than 1 GiB is unpacked.  Raises FileNotFoundError, ValueError."""
-    path = plain_file(path, expected)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            keys = [key for key in wanted if key in file.files]
-            if sum(file.zip.getinfo(key + ".npy").file_size for key in keys) > MOST_BYTES:
-                raise MemoryError("more than 1 GiB of numbers")
-            arrays = {key: file[key] for key in keys}
-            for key, array in arrays.items():
-                if array.dtype.kind not in KINDS.get(key, "fiub"):
-                    raise TypeError(f"{key} is {array.dtype}")
-            return arrays, {*file.files} - {*wanted}
-    except Exception as error:                  # zipfile's, zlib's, numpy's own
-        raise ValueError(f"{path}: not a whole .npz of plain arrays ({type(error).__name__}, "
-                         f"{error!s:.60}); expected {expected}") from None
+    with (reading(path, "not a whole .npz of plain arrays", expected) as path,
+          np.load(path, allow_pickle=False) as file):
+        keys = [key for key in wanted if key in file.files]
+        if sum(file.zip.getinfo(key + ".npy").file_size for key in keys) > MOST_BYTES:
+            raise ValueError("more than 1 GiB of numbers")
+        arrays = {key: file[key] for key in keys}
+        for key, array in arrays.items():
+            if array.dtype.kind not in KINDS.get(key, "fiub"):
+                raise ValueError(f"{key} is {array.dtype}")
+        return arrays, {*file.files} - {*wanted}
 
 
 SPIN_FILE = {"imgname": (), "center": (2,), "scale": (), "part": (24, 3), "S": (24, 4),
@@ -373,11 +380,8 @@ def read_spin_file(path: Path, images: Path) -> People:
 
 def read_json(path: Path, expected: str):
     """What a JSON file holds.  Raises FileNotFoundError, ValueError."""
-    try:                                                              # a byte order mark, or none
-        return json.loads(plain_file(path, expected).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({type(error).__name__}: {error!s:.80}); expected "
-                         f"{expected}") from None
+    with reading(path, "not JSON", expected) as path:
+        return json.loads(path.read_text(encoding="utf-8-sig"))       # a byte order mark, or none
 
 
 def person_points(content: dict) -> dict[str, Sequence[str]]:
@@ -458,13 +462,10 @@ def read_coco(path: Path, images: Path) -> People:
     """
     expected = "COCO's person_keypoints_*.json, with images, annotations and categories"
     content = read_json(path, expected)
-    try:
+    with reading(path, "not COCO's layout", expected):
         people, annotations = person_points(content), list(content["annotations"])
         pictures = {str(row["id"]): (row["file_name"].encode(), [
             int(row.get(key) or 0) for key in ("width", "height")]) for row in content["images"]}
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        why = error if type(error) is ValueError else f"{type(error).__name__}, {error!s:.80}"
-        raise ValueError(f"{path}: {why}; expected {expected}") from None
     kept, skipped = [], []
     for row in annotations:
         try:
@@ -501,20 +502,15 @@ def is_small(path: Path) -> bool:
 
 def read_joints(path: Path) -> np.ndarray:
     """`joints` of LSP's joints.mat, (3, 14, N), or of LSPET's, (14, 3, N)."""
-    expected = "LSP's joints (3, 14, 2000) or LSPET's (14, 3, 10000), at most 1 GiB"
-    path = plain_file(path, f"LSP's folder with joints.mat in it: {expected}")
-    try:
+    expected = ("LSP's joints (3, 14, 2000) or LSPET's (14, 3, 10000), at most 1 GiB; not of "
+                "MATLAB 7.3, save it by -v7")
+    with reading(path, "not a readable .mat", expected) as path:
         headers = {name: what for name, *what in scipy.io.whosmat(path)}
-        shape, kind = headers.get("joints", ((), "no"))
+        shape, kind = headers.get("joints", ("", "no"))
         if len(shape) == 3 and shape[:2] in ((3, 14), (14, 3)) and re.fullmatch(
                 r"double|single|u?int\d+", kind) and is_small(path):
             return scipy.io.loadmat(path, variable_names=["joints"])["joints"]
-        what = f"{kind} joints {shape or ''}".strip()
-    except NotImplementedError:
-        what = "of MATLAB 7.3 (HDF5), which LSP's own file is not; save it by -v7"
-    except Exception as error:                  # scipy's many
-        what = f"not a readable .mat ({type(error).__name__})"
-    raise ValueError(f"{path}: {what}; expected {expected}")
+    raise ValueError(f"{path}: {kind} joints{shape and f' {shape}'}; expected {expected}")
 
 
 def read_lsp(folder: Path, images: Path) -> People:
@@ -601,19 +597,14 @@ def read_mean_params(path: Path, rotation: str) -> Tensor:
     (10,): the camera is 0.9, 0, 0, and the root Rx(pi).  SPIN's smpl_mean_params.npz has pose
     (144,) in 6D, shape (10,), cam (3,), taken as they are.  Raises FileNotFoundError, ValueError.
     """
-    expected = ("HMR's neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz: finite numbers, "
-                "pose (72,) or (144,), shape (10,)")
+    expected = ("HMR's neutral_smpl_mean_params.h5 (if h5py is installed) or SPIN's "
+                "smpl_mean_params.npz: finite numbers, pose (72,) or (144,), shape (10,)")
     found = {"pose": [], "shape": [], "cam": [0.9, 0, 0]}             # the official code's camera
-    if plain_file(path, expected).suffix == ".h5":
-        try:
+    if path.suffix == ".h5":
+        with reading(path, "not readable", expected):
             import h5py
             with h5py.File(path, "r") as file:
                 found |= {key: file[key][:] for key in ("pose", "shape") if file[key].size <= 72}
-        except ImportError:
-            raise ValueError(f"--mean-params {path}: h5py, which reads it, is missing here; "
-                             f"install it, or name SPIN's smpl_mean_params.npz") from None
-        except Exception:                       # h5py's many; the next lines refuse the file
-            pass
     else:
         found |= load_arrays(path, found, expected)[0]
     pose, shape, cam = (torch.from_numpy(float32(x).ravel()) for x in found.values())
@@ -873,13 +864,11 @@ def load_joint_regressor(path: str, V: int) -> Tensor:
     """J_regressor_h36m.npy, which makes H3.6M's 17 joints of SMPL's vertices -> (17, V)."""
     expected = (f"J_regressor_h36m.npy, finite numbers (17, {V}), as many columns as the body "
                 f"(--smpl) has vertices; without it 13 joints are measured")
-    try:
-        regressor = np.load(plain_file(path, expected), mmap_mode="r", allow_pickle=False)
-        if regressor.shape == (17, V) and np.isfinite(regressor := float32(regressor)).all():
-            return torch.from_numpy(regressor)
-    except (ValueError, TypeError, AttributeError, EOFError):         # numpy's
-        pass
-    raise ValueError(f"--joint-regressor {path}: expected {expected}")
+    with reading(path, "no --joint-regressor", expected) as path:
+        regressor = np.load(path, mmap_mode="r", allow_pickle=False)
+        if regressor.shape != (17, V) or not np.isfinite(regressor := float32(regressor)).all():
+            raise ValueError(f"{regressor.dtype} {regressor.shape}")
+        return torch.from_numpy(regressor)
 
 
 class Protocol:
