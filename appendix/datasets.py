@@ -210,11 +210,7 @@ def labelled(visible: np.ndarray, where: str = "") -> np.ndarray:
     return visible >= CONFIDENT
 
 
-def float32(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):            # what is too large becomes infinite
-        return np.array(x, np.float32)
-
-
+@np.errstate(over="ignore")                     # what is too large for float32 becomes infinite
 def make_people(name: str, folder: Path, image: list[bytes], skipped: dict[str, int] = {},
                 **labels: np.ndarray) -> People:
     """The readers' arrays as People, of whose fields `labels` has what there is.
@@ -230,7 +226,7 @@ def make_people(name: str, folder: Path, image: list[bytes], skipped: dict[str, 
               "gender": (), "box": (3,), "size": (2,)}
     absent = {"pose": np.nan, "has_smpl": 1}            # without has_smpl each pose is a label
     part, S, pose, betas, has_smpl, gender, box, size = (
-        float32(labels.get(key, np.full((len(image), *shape), absent.get(key, 0))))
+        np.array(labels.get(key, np.full((len(image), *shape), absent.get(key, 0))), np.float32)
         for key, shape in shapes.items())
     seen = labelled(part[..., 2], f"{name}: ") & np.isfinite(part).all(-1)        # (N, 24)
     known = (S[..., 3] > 0) & np.isfinite(S).all(-1)                  # (N, 24)
@@ -385,10 +381,8 @@ def read_json(path: Path, expected: str):
 
 
 def person_points(content: dict) -> dict[str, Sequence[str]]:
-    """A COCO file's categories that are people -> the names of their points, in the file's order.
-
-    A person is what has the limbs' names, whatever its number.  Without any names: COCO's order.
-    """
+    """A COCO file's categories that are people -> their points' names, in the file's order.  Who
+    has the limbs' names is a person, whatever the number.  Without any names: COCO's order."""
     named, people = {}, {}
     for category in content.get("categories") or []:
         if category.get("keypoints"):
@@ -418,10 +412,8 @@ def numbers_of(row: dict, key: str, shape: tuple[int, ...], default: Sequence = 
 
 
 def coco_person(row: dict, people: dict[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """One annotation -> points (19, 3) = x, y, visibility; box (4,) = x, y, w, h of edges.
-
-    Raises ValueError(why) for a row that is no person, ValueError("broken rows", where).
-    """
+    """One annotation -> points (19, 3) = x, y, visibility; box (4,) = x, y, w, h of edges.  Raises
+    ValueError(why) for a row that is no person, ValueError("broken rows", where)."""
     if not isinstance(row, dict):
         raise ValueError("broken rows", f"{row!s:.20}")
     names = people.get(str(row.get("category_id", 1)))
@@ -439,10 +431,8 @@ def coco_person(row: dict, people: dict[str, Sequence[str]]) -> tuple[np.ndarray
 
 
 def filter_officially(row: dict, k: np.ndarray, box: np.ndarray) -> None:
-    """Raises ValueError(why) for a person whom COCO's official converter leaves out.
-
-    Of the mask it tests the height alone, here the longer side counts.  Without a polygon: the box.
-    """
+    """Raises ValueError(why) for a person whom COCO's official converter leaves out.  Of the mask
+    it tests the height alone, here the longer side counts.  Without a polygon: the box."""
     is_coded = isinstance(row.get("segmentation"), dict)              # run lengths, no polygon
     corners = numbers_of({} if is_coded else row, "segmentation", (-1, 2))        # (n, 2)
     if (k[:, 2] == 2).sum() < 6:
@@ -500,19 +490,6 @@ def is_small(path: Path) -> bool:
     return True
 
 
-def read_joints(path: Path) -> np.ndarray:
-    """`joints` of LSP's joints.mat, (3, 14, N), or of LSPET's, (14, 3, N)."""
-    expected = ("LSP's joints (3, 14, 2000) or LSPET's (14, 3, 10000), at most 1 GiB; not of "
-                "MATLAB 7.3, save it by -v7")
-    with reading(path, "not a readable .mat", expected) as path:
-        headers = {name: what for name, *what in scipy.io.whosmat(path)}
-        shape, kind = headers.get("joints", ("", "no"))
-        if len(shape) == 3 and shape[:2] in ((3, 14), (14, 3)) and re.fullmatch(
-                r"double|single|u?int\d+", kind) and is_small(path):
-            return scipy.io.loadmat(path, variable_names=["joints"])["joints"]
-    raise ValueError(f"{path}: {kind} joints{shape and f' {shape}'}; expected {expected}")
-
-
 def read_lsp(folder: Path, images: Path) -> People:
     """Leeds Sports Pose: DIR/joints.mat, DIR/images/im0001.jpg; or its extended set, im00001.
 
@@ -520,7 +497,16 @@ def read_lsp(folder: Path, images: Path) -> People:
     code); its second half is the test set and never read.  LSPET, joints (14, 3, 10000): flag 1 is
     visible.  hr-lspet has .png beside joints.mat.  MATLAB's pixels count from 1: - 0.5.
     """
-    joints = read_joints(folder / "joints.mat")
+    expected = ("LSP's joints (3, 14, 2000) or LSPET's (14, 3, 10000), at most 1 GiB; not of "
+                "MATLAB 7.3, save it by -v7")
+    with reading(folder / "joints.mat", "not a readable .mat", expected) as path:
+        headers = {name: what for name, *what in scipy.io.whosmat(path)}
+        shape, kind = headers.get("joints", ("", "no"))
+        good = len(shape) == 3 and shape[:2] in ((3, 14), (14, 3)) and re.fullmatch(
+            r"double|single|u?int\d+", kind) and is_small(path)
+        joints = good and scipy.io.loadmat(path, variable_names=["joints"])["joints"]
+    if not good:
+        raise ValueError(f"{path}: {kind} joints{shape and f' {shape}'}; expected {expected}")
     if extended := joints.shape[0] == 14:
         joints = joints.transpose(2, 0, 1)                            # (N, 14, 3)
     else:
@@ -559,11 +545,12 @@ def read_amass(folder: Path) -> tuple[Tensor, Tensor]:
     return poses, betas
 
 
+@np.errstate(over="ignore")                     # what is too large becomes infinite: refused
 def read_clip(path: Path, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """One AMASS file -> pose (M, 24, 3), betas (M, 10).  Raises ValueError."""
     expected = "SMPL+H's poses (M, 156), betas (16,), mocap_framerate, finite numbers"
     found = dict.fromkeys(("poses", "betas", "mocap_framerate"), [])
-    poses, betas, rate = map(float32, (found | load_arrays(path, found, expected)[0]).values())
+    poses, betas, rate = map(np.float32, (found | load_arrays(path, found, expected)[0]).values())
     if not (poses.shape[1:] == (156,) and len(poses) and betas.ndim == 1 and len(betas) >= 10
             and np.isfinite(poses).all() and np.isfinite(betas).all()
             and rate.size == 1 and 1 <= rate.item() <= 1000):
@@ -607,7 +594,7 @@ def read_mean_params(path: Path, rotation: str) -> Tensor:
                 found |= {key: file[key][:] for key in ("pose", "shape") if file[key].size <= 72}
     else:
         found |= load_arrays(path, found, expected)[0]
-    pose, shape, cam = (torch.from_numpy(float32(x).ravel()) for x in found.values())
+    pose, shape, cam = (torch.from_numpy(np.float32(x).ravel()) for x in found.values())
     sizes, numbers = (len(pose), len(shape), len(cam)), torch.cat([pose, shape, cam])
     if sizes not in ((72, 10, 3), (144, 10, 3)) or not numbers.isfinite().all():
         raise ValueError(f"--mean-params {path}: expected {expected}")
@@ -703,10 +690,8 @@ class Pictures(Dataset):
         self.windows = [windows(found, crop) for found in sets]       # (N, 2), (N,) each
 
     def __getitem__(self, draw: Draw) -> tuple[Batch | None, int, list]:
-        """-> `person`, its row, [(data set, row, why), ..] of unusable pictures.
-
-        After 1 % of a data set in a row, or without `replace` at once, nobody takes the place.
-        """
+        """-> `person`, its row, [(data set, row, why), ..] of unusable pictures.  After 1 % of a
+        data set in a row, or without `replace` at once, nobody takes the place."""
         N, broken = len(self.sets[draw.k].image), []
         for n in range(1 + N // 100 if self.replace else 1):
             row = (draw.row + n) % N
@@ -746,10 +731,8 @@ def collate(items: list) -> tuple[Batch | None, list[int], list]:
 
 def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
             device: torch.device) -> Iterator[tuple[Batch, list[int]]]:
-    """Each list of draws as a Batch on the device, image in [0, 1], and its rows.
-
-    What cannot be used is named once, and is an error above 1 % of a data set.  Raises ValueError.
-    """
+    """Each list of draws as a Batch on the device, image in [0, 1], and its rows.  What cannot be
+    used is named once, and more than 1 % of a data set is an error.  Raises ValueError."""
     # a generator of its own: the loader's draw must not touch that of dropout
     loader = DataLoader(pictures, batch_sampler=draws, collate_fn=collate, num_workers=workers,
                         generator=torch.Generator(), pin_memory=device.type == "cuda")
@@ -866,16 +849,14 @@ def load_joint_regressor(path: str, V: int) -> Tensor:
                 f"(--smpl) has vertices; without it 13 joints are measured")
     with reading(path, "no --joint-regressor", expected) as path:
         regressor = np.load(path, mmap_mode="r", allow_pickle=False)
-        if regressor.shape != (17, V) or not np.isfinite(regressor := float32(regressor)).all():
+        if regressor.shape != (17, V) or not np.isfinite(regressor).all():
             raise ValueError(f"{regressor.dtype} {regressor.shape}")
-        return torch.from_numpy(regressor)
+        return torch.from_numpy(regressor.astype(np.float32))
 
 
 class Protocol:
-    """How one data set is measured: joints, root, and the bodies that are the truth.
-
-    True joints are those measured, S, or where nobody has S a body's own.
-    """
+    """How one data set is measured: joints, root, and the bodies that are the truth.  True joints
+    are those measured, S, or where nobody has S a body's own."""
 
     def __init__(self, found: People, smpl: SMPL, options: argparse.Namespace):
         if not which_labels(found)[1:].any():
@@ -978,10 +959,8 @@ def summary(points: Tensor, true: Tensor, pve: Tensor) -> dict[str, float | None
 
 
 def evaluate(network: Network, options: argparse.Namespace) -> list[dict]:
-    """Measure on each data set in float32, print a line a measure, write metrics.json.
-
-    options: those of the command line.  Raises ValueError, FileNotFoundError.
-    """
+    """Measure on each data set in float32, print a line a measure, write metrics.json.  options:
+    those of the command line.  Raises ValueError, FileNotFoundError."""
     network.model.eval().amp = None
     metrics = {"checkpoint": str(options.checkpoint), "of": list(options.data),
                "joint_regressor": options.joint_regressor, "genders": list(options.smpl_genders)}
