@@ -445,11 +445,8 @@ def filter_officially(row: dict, k: np.ndarray, box: np.ndarray) -> None:
 
 
 def read_coco(path: Path, images: Path) -> People:
-    """COCO's person_keypoints_*.json, filtered as the official converter does.
-
-    Visibility 1 (occluded) is a label like 2; neck and head's top are not labelled.  COCO counts
-    whole pixels: + 0.5.
-    """
+    """COCO's person_keypoints_*.json, filtered as the official converter does.  Visibility 1
+    (occluded) is a label like 2; neck and head's top have none.  It counts whole pixels: + 0.5."""
     expected = "COCO's person_keypoints_*.json, with images, annotations and categories"
     content = read_json(path, expected)
     with reading(path, "not COCO's layout", expected):
@@ -681,9 +678,7 @@ def training_draws(sizes: list[int], share: np.ndarray, B: int, crop: str, seed:
 
 class Pictures(Dataset):
     """pictures[draw] -> one person's crop and labels, or the next one's whose picture can be used.
-
-    What the loading processes hold: people as arrays, no body, nothing on a GPU.
-    """
+    It is what the loading processes hold: people as arrays, no body, nothing on a GPU."""
 
     def __init__(self, sets: list[People], size: int, crop: str, replace: bool = True):
         self.sets, self.size, self.crop, self.replace = sets, size, crop, replace
@@ -934,14 +929,14 @@ def measure(network: Network, found: People, options: argparse.Namespace) -> tup
     named = [re.search(r"(?:^|/)S\d+_([A-Za-z]+)[^/]*$", os.fsdecode(x)) for x in image[kept]]
     action = np.array([name[1] for name in named] if all(named) else [])
     per_action = {one: summary(*(x[action == one] for x in every[-1])) for one in sorted({*action})}
+    mean = {key: float(np.mean([row[key] for row in per_action.values()]))
+            for key in ("mpjpe", "pa_mpjpe", "frames")} if per_action else None
     result = {"data": found.name, "joints": protocol.joints, "frames": int(known.sum()),
               "truth": "measured joints S" if protocol.from_S else protocol.body,
               "skin": f"{len(model.smpl.v_template):,} vertices, the same root; truth: "
                       f"{protocol.body}", "frames_of_skin": int(pve[known, 0].isfinite().sum()),
               "per_iteration": [summary(*one) for one in every], "per_action": per_action,
-              "mean_of_actions": {key: float(np.mean([row[key] for row in per_action.values()]))
-                                  for key in ("mpjpe", "pa_mpjpe", "frames")} if per_action else
-              None}
+              "mean_of_actions": mean}
     pose = Rotation.from_matrix(rotmats.flatten(0, 1).double()).as_rotvec()
     return result, {"data": np.full(len(image), found.name), "imgname": image, "row": row.numpy(),
                     "pose": pose.reshape(-1, 24, 3), "betas": betas.numpy(), "camera": cam.numpy(),
