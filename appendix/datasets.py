@@ -16,6 +16,7 @@ that count whole pixels get + 0.5 where they are read, MATLAB's, which count fro
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -24,14 +25,11 @@ import json
 import math
 import os
 import re
-import signal
-import statistics
-import struct
 import sys
 import warnings
 import zlib
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -48,7 +46,7 @@ from torchvision.transforms.v2 import functional as vision
 import train
 from appendix.spin import Network, load_network
 from data import CROPS, Batch, SyntheticPeople, load_mocap
-from hmr import BETAS, LEFT_HIP, LSP, RIGHT_HIP, hip_midpoint, mean_theta
+from hmr import BETAS, LEFT_HIP, LSP, RIGHT_HIP, mean_theta
 from smpl import (FLIP_JOINTS, FLIP_KEYPOINTS, JOINT_NAMES, KEYPOINT_NAMES, SMPL, batch_rodrigues,
                   exit_status, plain_file, printable, rot6d_to_rotmat, say, write_atomically)
 from train import Config, compute_similarity_transform, summarize
@@ -100,15 +98,13 @@ def point_windows(points: Tensor, visible: Tensor, crop: str) -> tuple[Tensor, T
     distance 75; without that the box 50.  crop: of data.CROPS, another than the official one scales
     all three alike; or "spin": 1.2 times the box's longer side.
     """
-    seen = visible > 0                                                # (N, P)
-    low = torch.where(seen[..., None], points, math.inf).amin(1)      # (N, 2)
-    high = torch.where(seen[..., None], points, -math.inf).amax(1)    # (N, 2)
+    points = torch.where(visible[..., None] > 0, points, math.nan)    # (N, P, 2)
+    low = points.nan_to_num(math.inf).amin(1)                         # (N, 2)
+    high = points.nan_to_num(-math.inf).amax(1)                       # (N, 2)
     ankles, shoulders, hips = (0, 5), (8, 9), (2, 3)                  # right and left
-    torsos = (points[:, shoulders] - points[:, hips]).norm(dim=-1)    # (N, 2)
-    whole = seen[:, shoulders] & seen[:, hips]                        # (N, 2) both ends visible
-    torso = torch.where(whole, torsos, 0).sum(1) / whole.sum(1)       # (N,) 0 / 0 = NaN: none
-    cut_off = ~seen[:, ankles].any(1)                                 # (N,)
-    by_torso = cut_off & whole.any(1)                                 # (N,)
+    torso = (points[:, shoulders] - points[:, hips]).norm(dim=-1).nanmean(1)      # (N,) or NaN
+    cut_off = points[:, ankles, 0].isnan().all(1)                     # (N,)
+    by_torso = cut_off & ~torso.isnan()                               # (N,)
     length = torch.where(by_torso, torso, (high - low).norm(dim=-1))  # (N,)
     wanted = torch.where(by_torso, 75, torch.where(cut_off, 50, 150))             # (N,)
     side = 1.2 * (high - low).amax(1) if crop == "spin" else (
@@ -133,18 +129,17 @@ def cut_window(image: Tensor, center: Tensor, side: float, size: int,
     image (3, H, W), bytes or numbers; center (2,) and side in the picture's pixels.  A picture that
     shrinks is low-passed, or it aliases.  Beyond its border it is repeated, or 0 (padding "zeros").
     """
-    H, W = image.shape[1:]
     reach = side / 2 + 2 * max(1.0, side / size)       # low-pass and interpolation look further
-    (x0, y0), (x1, y1) = (center - reach).floor().tolist(), (center + reach).ceil().tolist()
-    x0, y0 = int(min(max(x0, 0), W - 1)), int(min(max(y0, 0), H - 1))
-    x1, y1 = int(min(max(x1, x0 + 1), W)), int(min(max(y1, y0 + 1), H))
-    part = image[:, y0:y1, x0:x1]                                     # (3, h, w)
-    extent = center.new_tensor([x1 - x0, y1 - y0])                    # (2,)
+    end = center.new_tensor(image.shape[:0:-1])                       # (2,) W, H
+    start = (center - reach).floor().clamp(min=0).minimum(end - 1)    # (2,)
+    extent = (center + reach).ceil().minimum(end).maximum(start + 1) - start      # (2,)
+    (x, y), (w, h) = start.int().tolist(), extent.int().tolist()
+    part = image[:, y:y + h, x:x + w]                                 # (3, h, w)
     if side > size:
-        shrunk = [max(1, round(length * size / side)) for length in (y1 - y0, x1 - x0)]
+        shrunk = [max(1, round(length * size / side)) for length in (h, w)]
         part = vision.resize(part, shrunk, antialias=True)            # (3, smaller h, w)
     # Crop coordinates in [-1, 1] -> the part's, in [-1, 1] as well, so the shrinking drops out.
-    middle = 2 * (center - center.new_tensor([x0, y0])) / extent - 1  # (2,)
+    middle = 2 * (center - start) / extent - 1                        # (2,)
     window = torch.cat([torch.diag(side / extent), middle[:, None]], 1).float()   # (2, 3)
     grid = F.affine_grid(window[None], [1, 3, size, size], align_corners=False)
     cut = F.grid_sample(part[None].float(), grid, "bilinear", padding_mode=padding,
@@ -157,12 +152,11 @@ def crop_person(image: Tensor, keypoints: Tensor, visible: Tensor, size: int = 2
                 window: tuple[Tensor, float] | None = None) -> tuple[Tensor, Tensor]:
     """Cut a person out as HMR does -> crop (3, size, size), keypoints2d (19, 2) in [-1, 1].
 
-    image (3, H, W), bytes or numbers; keypoints (19, 2) pixels where pixel i covers [i, i + 1): add
-    0.5 to annotations that count whole pixels; visible (19,).  `shift` (pixels of a 224 crop;
-    official training: within 20) moves the person's window (`person_window`, unless one is given)
-    before `zoom` (0.8 to 1.23) scales it.  Beyond the picture its edge is repeated, as in the
-    official code; crop "spin" has zeros there.  Unlabelled points are set to 0, whatever they hold.
-    Raises ValueError.
+    image (3, H, W), bytes or numbers; keypoints (19, 2) pixels where pixel i covers [i, i + 1);
+    visible (19,).  `shift` (pixels of a 224 crop; official training: within 20) moves the person's
+    window (`person_window`, unless one is given) before `zoom` (0.8 to 1.23) scales it.  Beyond the
+    picture its edge is repeated; crop "spin" has zeros there.  Unlabelled points become 0, whatever
+    they hold.  Raises ValueError.
     """
     if image.ndim != 3 or len(image) != 3:
         raise ValueError(f"the picture must be (3, H, W), colours first; got {tuple(image.shape)}")
@@ -216,11 +210,7 @@ def labelled(visible: np.ndarray, where: str = "") -> np.ndarray:
     return visible >= CONFIDENT
 
 
-def float32(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):            # what is too large becomes infinite
-        return np.array(x, np.float32)
-
-
+@np.errstate(over="ignore")                     # what is too large for float32 becomes infinite
 def make_people(name: str, folder: Path, image: list[bytes], skipped: dict[str, int] = {},
                 **labels: np.ndarray) -> People:
     """The readers' arrays as People, of whose fields `labels` has what there is.
@@ -236,7 +226,7 @@ def make_people(name: str, folder: Path, image: list[bytes], skipped: dict[str, 
               "gender": (), "box": (3,), "size": (2,)}
     absent = {"pose": np.nan, "has_smpl": 1}            # without has_smpl each pose is a label
     part, S, pose, betas, has_smpl, gender, box, size = (
-        float32(labels.get(key, np.full((len(image), *shape), absent.get(key, 0))))
+        np.array(labels.get(key, np.full((len(image), *shape), absent.get(key, 0))), np.float32)
         for key, shape in shapes.items())
     seen = labelled(part[..., 2], f"{name}: ") & np.isfinite(part).all(-1)        # (N, 24)
     known = (S[..., 3] > 0) & np.isfinite(S).all(-1)                  # (N, 24)
@@ -264,9 +254,10 @@ def which_labels(found: People) -> Tensor:
 def usable(found: People) -> People:
     """The people who have a label and can be cropped; the others are counted by their reason."""
     some_label = which_labels(found).any(0)                           # (N,)
-    keep, skipped = some_label & windows(found)[1].isfinite(), Counter(found.skipped)     # (N,)
-    skipped["without any label"] += int((~some_label).sum())
-    skipped["no 2 keypoints nor box of 5 pixels"] += int((some_label & ~keep).sum())
+    keep = some_label & windows(found)[1].isfinite()                  # (N,)
+    skipped = found.skipped + Counter({
+        "without any label": int((~some_label).sum()),
+        "no 2 keypoints nor box of 5 pixels": int((some_label & ~keep).sum())})
     if not keep.any():
         raise ValueError(f"{found.name}: nobody in it can be trained on ({reasons(skipped)}); is "
                          f"it the right file?")
@@ -275,7 +266,7 @@ def usable(found: People) -> People:
 
 
 def reasons(skipped: Counter) -> str:
-    return ", ".join(f"{n:,} {why}" for why, n in (+skipped).items()) or "nobody left out"
+    return ", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "nobody left out"
 
 
 # SPIN's box is 1.2 times the keypoints' longer side, and their diagonal is 1.12 times it (measured:
@@ -310,23 +301,34 @@ def read_people(text: str) -> People:
     return readers[kind](Path(file), Path(images or file))
 
 
-MOST_BYTES = 2 ** 30              # that a file of numbers may hold, unpacked
-
-
-def load_arrays(path: Path, wanted: Iterable[str], expected: str) -> dict[str, np.ndarray]:
-    """Those of the wanted arrays that an .npz has; "others": the other keys.  No object is
-    unpickled, and nothing of more than 1 GiB is unpacked.  Raises FileNotFoundError, ValueError."""
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, wrong: str, expected: str) -> Iterator[Path]:
+    """What goes wrong here becomes a sentence.  Raises FileNotFoundError, ValueError."""
     path = plain_file(path, expected)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            keys = [key for key in wanted if key in file.files]
-            if sum(file.zip.getinfo(key + ".npy").file_size for key in keys) > MOST_BYTES:
-                raise MemoryError("more than 1 GiB of numbers")
-            others = np.array([key for key in file.files if key not in wanted], "U")
-            return {key: file[key] for key in keys} | {"others": others}
-    except Exception as error:                  # zipfile's, zlib's, numpy's own
-        raise ValueError(f"{path}: not a whole .npz of plain arrays ({type(error).__name__}, "
-                         f"{error!s:.60}); expected {expected}") from None
+        yield path
+    except Exception as error:                  # zipfile's, numpy's, scipy's, json's own
+        raise ValueError(f"{path}: {wrong} ({error!r:.200}); expected {expected}") from None
+
+
+MOST_BYTES = 2 ** 30              # that a file of numbers may hold, unpacked
+KINDS = {"imgname": "SU", "gender": "SUfiub"}       # text, or text or numbers; else numbers
+
+
+def load_arrays(path: Path, wanted: Iterable[str], expected: str
+                ) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Those of the wanted arrays that an .npz has, and its other keys.  No object is unpickled,
+    and nothing of more than 1 GiB is unpacked.  Raises FileNotFoundError, ValueError."""
+    with (reading(path, "not a whole .npz of plain arrays", expected) as path,
+          np.load(path, allow_pickle=False) as file):
+        keys = [key for key in wanted if key in file.files]
+        if sum(file.zip.getinfo(key + ".npy").file_size for key in keys) > MOST_BYTES:
+            raise ValueError("more than 1 GiB of numbers")
+        arrays = {key: file[key] for key in keys}
+        for key, array in arrays.items():
+            if array.dtype.kind not in KINDS.get(key, "fiub"):
+                raise ValueError(f"{key} is {array.dtype}")
+        return arrays, {*file.files} - {*wanted}
 
 
 SPIN_FILE = {"imgname": (), "center": (2,), "scale": (), "part": (24, 3), "S": (24, 4),
@@ -337,13 +339,13 @@ GENDERS = {"m": 1, "male": 1, "0": 1, "0.0": 1, "f": 2, "female": 2, "1": 2, "1.
 def read_spin_file(path: Path, images: Path) -> People:
     """SPIN's .npz: imgname and any of center, scale, part, S, pose, shape, has_smpl, gender.
 
-    Its boxes are scale * 200 pixels; its points are J24; openpose (detections, to which SPIN itself
-    gives no weight) is not used.  SPIN's files keep their sources' pixels: LSP's, LSPET's and
-    MPII's count from 1, as MATLAB does (- 0.5), all others count whole pixels (+ 0.5).  3DHP's head
-    top stands in slot 18 and is keypoint 13, as in the official code.  Both go by the file's name.
+    Its boxes are scale * 200 pixels, its points J24; openpose (detections, to which SPIN itself
+    gives no weight) is not used.  By the file's name: pixels of LSP, LSPET and MPII count from 1,
+    as MATLAB's (- 0.5), all others whole pixels (+ 0.5); 3DHP's head top stands in slot 18 and is
+    keypoint 13, as in the official code.
     """
-    rows, name = load_arrays(path, SPIN_FILE, "SPIN's .npz"), path.name.lower()
-    if others := {*rows.pop("others").tolist()} - {"openpose", "maskname", "partname"}:
+    (rows, others), name = load_arrays(path, SPIN_FILE, "SPIN's .npz"), path.name.lower()
+    if others := others - {"openpose", "maskname", "partname"}:
         say(printable(f"{path.name}: not used, as SPIN's lack them: {', '.join(sorted(others))}"))
     for key, partner in (("imgname", None), ("pose", "shape"), ("shape", "pose"),
                          ("center", "scale"), ("scale", "center")):
@@ -351,10 +353,9 @@ def read_spin_file(path: Path, images: Path) -> People:
             raise ValueError(f"{path}: lacks {key} (N, ..); expected SPIN's .npz")
     N = rows["imgname"].size
     for key, array in rows.items():
-        kinds = {"imgname": "SU", "gender": "SUfiub"}.get(key, "fiub")
-        if array.shape != (N, *SPIN_FILE[key]) or array.dtype.kind not in kinds:
+        if array.shape != (shape := (N, *SPIN_FILE[key])):
             raise ValueError(f"{path}: {key} is {array.dtype} {array.shape}, expected "
-                             f"{'text' if 'S' in kinds else 'numbers'} {(N, *SPIN_FILE[key])}")
+                             f"{'text' if key == 'imgname' else 'numbers'} {shape}")
     for array in (rows[key] for key in ("part", "S") if key in rows and "3dhp" in name):
         if not array[:, HEAD_TOP, -1].any():
             array[:, HEAD_TOP] = array[:, HEAD]
@@ -365,29 +366,23 @@ def read_spin_file(path: Path, images: Path) -> People:
             say(f"{path.name}: points of a confidence below {CONFIDENT} are not labelled")
     if "center" in rows:
         rows["box"] = np.column_stack([rows["center"] + origin, 200 * rows["scale"]])     # (N, 3)
-    if "shape" in rows:
-        rows["betas"] = rows["shape"]
     if "gender" in rows:
-        names = map(os.fsdecode, rows["gender"].astype(str).tolist())
-        rows["gender"] = np.array([GENDERS.get(x.strip().lower(), 0) for x in names])
+        rows["gender"] = np.array([GENDERS.get(x.strip().lower(), 0)
+                                   for x in rows["gender"].astype(str).tolist()])         # (N,)
+    rows["betas"] = rows.get("shape", np.zeros((N, 10)))              # (N, 10)
     image = [os.fsencode(x) for x in rows["imgname"].tolist()]        # text or bytes
     return make_people(f"spin:{path.name}", images, image, **rows)
 
 
 def read_json(path: Path, expected: str):
     """What a JSON file holds.  Raises FileNotFoundError, ValueError."""
-    try:                                                              # a byte order mark, or none
-        return json.loads(plain_file(path, expected).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({type(error).__name__}: {error!s:.80}); expected "
-                         f"{expected}") from None
+    with reading(path, "not JSON", expected) as path:
+        return json.loads(path.read_text(encoding="utf-8-sig"))       # a byte order mark, or none
 
 
 def person_points(content: dict) -> dict[str, Sequence[str]]:
-    """A COCO file's categories that are people -> the names of their points, in the file's order.
-
-    A person is what has the limbs' names, whatever its number.  Without any names: COCO's order.
-    """
+    """A COCO file's categories that are people -> their points' names, in the file's order.  Who
+    has the limbs' names is a person, whatever the number.  Without any names: COCO's order."""
     named, people = {}, {}
     for category in content.get("categories") or []:
         if category.get("keypoints"):
@@ -406,10 +401,6 @@ def person_points(content: dict) -> dict[str, Sequence[str]]:
 NOBODY = "crowds or no persons"
 
 
-def broken(row: dict, key: str) -> ValueError:
-    return ValueError("broken rows", f"annotation {row.get('id')!s:.20}'s {key}")
-
-
 def numbers_of(row: dict, key: str, shape: tuple[int, ...], default: Sequence = ()) -> np.ndarray:
     """A list of an annotation, flat or of lists -> an array.  Raises ValueError."""
     try:
@@ -417,14 +408,12 @@ def numbers_of(row: dict, key: str, shape: tuple[int, ...], default: Sequence = 
         value = np.hstack(value) if value and isinstance(value[0], list) else value
         return np.array(value, float).reshape(shape)
     except (ValueError, TypeError, LookupError, OverflowError):
-        raise broken(row, key) from None
+        raise ValueError("broken rows", f"annotation {row.get('id')!s:.20}'s {key}") from None
 
 
 def coco_person(row: dict, people: dict[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """One annotation -> points (19, 3) = x, y, visibility; box (4,) = x, y, w, h of edges.
-
-    Raises ValueError(why) for a row that is no person, ValueError("broken rows", where).
-    """
+    """One annotation -> points (19, 3) = x, y, visibility; box (4,) = x, y, w, h of edges.  Raises
+    ValueError(why) for a row that is no person, ValueError("broken rows", where)."""
     if not isinstance(row, dict):
         raise ValueError("broken rows", f"{row!s:.20}")
     names = people.get(str(row.get("category_id", 1)))
@@ -442,10 +431,8 @@ def coco_person(row: dict, people: dict[str, Sequence[str]]) -> tuple[np.ndarray
 
 
 def filter_officially(row: dict, k: np.ndarray, box: np.ndarray) -> None:
-    """Raises ValueError(why) for a person whom COCO's official converter leaves out.
-
-    Of the mask it tests the height alone, here the longer side counts.  Without a polygon: the box.
-    """
+    """Raises ValueError(why) for a person whom COCO's official converter leaves out.  Of the mask
+    it tests the height alone, here the longer side counts.  Without a polygon: the box."""
     is_coded = isinstance(row.get("segmentation"), dict)              # run lengths, no polygon
     corners = numbers_of({} if is_coded else row, "segmentation", (-1, 2))        # (n, 2)
     if (k[:, 2] == 2).sum() < 6:
@@ -458,84 +445,65 @@ def filter_officially(row: dict, k: np.ndarray, box: np.ndarray) -> None:
 
 
 def read_coco(path: Path, images: Path) -> People:
-    """COCO's person_keypoints_*.json, filtered as the official converter does.
-
-    Kept are people who are no crowd, with 6 points or more of visibility 2, a mask longer than 60
-    pixels, and any labelled point that is neither face nor shoulder.  Visibility 1 (occluded) is a
-    label like 2; neck and head's top are not labelled.  COCO counts whole pixels: + 0.5.
-    """
+    """COCO's person_keypoints_*.json, filtered as the official converter does.  Visibility 1
+    (occluded) is a label like 2; neck and head's top have none.  It counts whole pixels: + 0.5."""
     expected = "COCO's person_keypoints_*.json, with images, annotations and categories"
     content = read_json(path, expected)
-    try:
+    with reading(path, "not COCO's layout", expected):
         people, annotations = person_points(content), list(content["annotations"])
-        pictures = {str(row["id"]): (row["file_name"].encode(), int(row.get("width") or 0),
-                                     int(row.get("height") or 0)) for row in content["images"]}
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        why = error if type(error) is ValueError else f"{type(error).__name__}, {error!s:.80}"
-        raise ValueError(f"{path}: {why}; expected {expected}") from None
-    kept, skipped, first = [], Counter(), {}
+        pictures = {str(row["id"]): (row["file_name"].encode(), [
+            int(row.get(key) or 0) for key in ("width", "height")]) for row in content["images"]}
+    kept, skipped = [], []
     for row in annotations:
         try:
             k, box = coco_person(row, people)
             filter_officially(row, k, box)
             if str(row.get("image_id")) not in pictures:
-                raise broken(row, "image_id")
+                raise ValueError("broken rows", f"annotation {row.get('id')!s:.20}'s image_id")
             kept.append((*pictures[str(row["image_id"])], k))
         except ValueError as error:
-            why, *where = error.args
-            skipped[why] += 1
-            first.setdefault(why, "".join(f", the first {place}" for place in where))
-    image, W, H, k = zip(*kept) if kept else [()] * 4
+            skipped.append(error.args)                                # why, and sometimes where
+    first = {args[0]: ", the first ".join(args) for args in reversed(skipped)}
+    image, size, k = zip(*kept) if kept else [()] * 3
     k = np.array(k).reshape(-1, 19, 3)                                # (N, 19, 3)
     if odd := [v for v in np.unique(k[..., 2]) if v not in (0, 1, 2) and math.isfinite(v)]:
         raise ValueError(f"{path}: a visibility of {odd[0]:g}; expected 0, 1 or 2; are these a "
                          f"detector's confidences? They are no labels")
     part = np.insert(k + (0.5, 0.5, 0), [LSP] * 5, 0, axis=1)         # (N, 24, 3) J24
-    return make_people(f"coco:{path.name}", images, image, {
-        why + first[why]: n for why, n in skipped.items()}, part=part, size=np.column_stack([W, H]))
+    return make_people(f"coco:{path.name}", images, image, Counter(
+        first[why] for why, *_ in skipped), part=part, size=np.array(size))
 
 
 def is_small(path: Path) -> bool:
     """Does a MATLAB 5 file's every compressed variable unpack to at most 1 GiB?"""
     content, at = path.read_bytes(), 128
-    order = "<" if content[126:128] == b"IM" else ">"
+    order = "little" if content[126:128] == b"IM" else "big"
     while at + 8 <= len(content):
-        kind, size = struct.unpack_from(order + "II", content, at)
-        stream = zlib.decompressobj()
-        if kind == 15 and (stream.decompress(content[at + 8:at + 8 + size], MOST_BYTES)
+        kind, size = (int.from_bytes(content[n:n + 4], order) for n in (at, at + 4))
+        stream, at = zlib.decompressobj(), at + 8 + size
+        if kind == 15 and (stream.decompress(content[at - size:at], MOST_BYTES)
                            and stream.unconsumed_tail):               # 15: miCOMPRESSED
             return False
-        at += 8 + size
     return True
-
-
-def read_joints(path: Path) -> np.ndarray:
-    """`joints` of LSP's joints.mat, (3, 14, N), or of LSPET's, (14, 3, N)."""
-    expected = "LSP's joints (3, 14, 2000) or LSPET's (14, 3, 10000), at most 1 GiB"
-    path = plain_file(path, f"LSP's folder with joints.mat in it: {expected}")
-    try:
-        headers = {name: what for name, *what in scipy.io.whosmat(path)}
-        shape, kind = headers.get("joints", ((), "no"))
-        if len(shape) == 3 and shape[:2] in ((3, 14), (14, 3)) and re.fullmatch(
-                r"double|single|u?int\d+", kind) and is_small(path):
-            return scipy.io.loadmat(path, variable_names=["joints"])["joints"]
-        what = f"{kind} joints {shape or ''}".strip()
-    except NotImplementedError:
-        what = "of MATLAB 7.3 (HDF5), which LSP's own file is not; save it by -v7"
-    except Exception as error:                  # scipy's many
-        what = f"not a readable .mat ({type(error).__name__})"
-    raise ValueError(f"{path}: {what}; expected {expected}")
 
 
 def read_lsp(folder: Path, images: Path) -> People:
     """Leeds Sports Pose: DIR/joints.mat, DIR/images/im0001.jpg; or its extended set, im00001.
 
-    Told apart by the array's shape.  LSP, joints (3, 14, 2000): flag 0 is visible, 1 occluded (and
-    not used, as in the official code); its second half is the test set and never read.  LSPET,
-    joints (14, 3, 10000): flag 1 is visible.  hr-lspet has .png beside joints.mat.  MATLAB's pixels
-    count from 1: - 0.5.
+    LSP, joints (3, 14, 2000): flag 0 is visible, 1 occluded (and not used, as in the official
+    code); its second half is the test set and never read.  LSPET, joints (14, 3, 10000): flag 1 is
+    visible.  hr-lspet has .png beside joints.mat.  MATLAB's pixels count from 1: - 0.5.
     """
-    joints = read_joints(folder / "joints.mat")
+    expected = ("LSP's joints (3, 14, 2000) or LSPET's (14, 3, 10000), at most 1 GiB; not of "
+                "MATLAB 7.3, save it by -v7")
+    with reading(folder / "joints.mat", "not a readable .mat", expected) as path:
+        headers = {name: what for name, *what in scipy.io.whosmat(path)}
+        shape, kind = headers.get("joints", ("", "no"))
+        good = len(shape) == 3 and shape[:2] in ((3, 14), (14, 3)) and re.fullmatch(
+            r"double|single|u?int\d+", kind) and is_small(path)
+        joints = good and scipy.io.loadmat(path, variable_names=["joints"])["joints"]
+    if not good:
+        raise ValueError(f"{path}: {kind} joints{shape and f' {shape}'}; expected {expected}")
     if extended := joints.shape[0] == 14:
         joints = joints.transpose(2, 0, 1)                            # (N, 14, 3)
     else:
@@ -560,10 +528,9 @@ SMPLH_TO_SMPL = [*range(22), 22, 37]
 def read_amass(folder: Path) -> tuple[Tensor, Tensor]:
     """AMASS' SMPL+H folders of *.npz -> frames (M, 24, 3) at 10 a second, betas (M, 10).
 
-    For the adversary, which sees neither the root (AMASS is z-up) nor a picture.  The hands are
-    drawn, as assets/README.md says for the open clips, where a clip leaves them still: else D would
-    learn to look for the constant.  betas are the first 10 of a MALE or FEMALE body's 16: not quite
-    the neutral space in which the official code's own clips are.
+    For the adversary, which sees neither the root (AMASS is z-up) nor a picture.  Hands that a clip
+    leaves still are drawn (assets/README.md): else D would learn to look for the constant.  betas
+    are the first 10 of a MALE or FEMALE body's 16, not quite the official clips' neutral space.
     """
     files = sorted(path for path in folder.rglob("*.npz") if path.name != "shape.npz")
     if not files:
@@ -575,19 +542,14 @@ def read_amass(folder: Path) -> tuple[Tensor, Tensor]:
     return poses, betas
 
 
-def numbers(path: Path, keys: Sequence[str], expected: str) -> list[np.ndarray]:
-    """Arrays of an .npz as float32, empty where they are missing or hold no numbers."""
-    arrays = load_arrays(path, keys, expected)
-    return [float32(arrays[key] if key in arrays and arrays[key].dtype.kind in "fiu" else [])
-            for key in keys]
-
-
+@np.errstate(over="ignore")                     # what is too large becomes infinite: refused
 def read_clip(path: Path, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """One AMASS file -> pose (M, 24, 3), betas (M, 10).  Raises ValueError."""
     expected = "SMPL+H's poses (M, 156), betas (16,), mocap_framerate, finite numbers"
-    poses, betas, rate = numbers(path, ("poses", "betas", "mocap_framerate"), expected)
-    if not (poses.ndim == 2 and poses.shape[1] == 156 and len(poses) and betas.ndim == 1
-            and len(betas) >= 10 and np.isfinite(poses).all() and np.isfinite(betas).all()
+    found = dict.fromkeys(("poses", "betas", "mocap_framerate"), [])
+    poses, betas, rate = map(np.float32, (found | load_arrays(path, found, expected)[0]).values())
+    if not (poses.shape[1:] == (156,) and len(poses) and betas.ndim == 1 and len(betas) >= 10
+            and np.isfinite(poses).all() and np.isfinite(betas).all()
             and rate.size == 1 and 1 <= rate.item() <= 1000):
         raise ValueError(f"{path}: expected {expected}; got {poses.shape}, {betas.shape}, "
                          f"{rate.shape} (SMPL-X's has 165); delete it, or name another folder")
@@ -619,26 +581,19 @@ def read_mean_params(path: Path, rotation: str) -> Tensor:
     (10,): the camera is 0.9, 0, 0, and the root Rx(pi).  SPIN's smpl_mean_params.npz has pose
     (144,) in 6D, shape (10,), cam (3,), taken as they are.  Raises FileNotFoundError, ValueError.
     """
-    expected = ("HMR's neutral_smpl_mean_params.h5 or SPIN's smpl_mean_params.npz: finite numbers, "
-                "pose (72,) or (144,), shape (10,)")
-    if plain_file(path, expected).suffix == ".h5":
-        arrays = [float32([])] * 3
-        try:
+    expected = ("HMR's neutral_smpl_mean_params.h5 (if h5py is installed) or SPIN's "
+                "smpl_mean_params.npz: finite numbers, pose (72,) or (144,), shape (10,)")
+    found = {"pose": [], "shape": [], "cam": [0.9, 0, 0]}             # the official code's camera
+    if path.suffix == ".h5":
+        with reading(path, "not readable", expected):
             import h5py
             with h5py.File(path, "r") as file:
-                arrays[:2] = [float32(file[key] if file[key].size <= 72 else [])
-                              for key in ("pose", "shape")]
-        except ImportError:
-            raise ValueError(f"--mean-params {path}: h5py, which reads it, is missing here; "
-                             f"install it, or name SPIN's smpl_mean_params.npz") from None
-        except Exception:                       # h5py's many; the next lines refuse the file
-            pass
+                found |= {key: file[key][:] for key in ("pose", "shape") if file[key].size <= 72}
     else:
-        arrays = numbers(path, ("pose", "shape", "cam"), expected)
-    pose, shape, cam = (torch.from_numpy(x.ravel()) for x in arrays)
-    cam = cam if len(cam) else torch.tensor([0.9, 0, 0])              # (3,) the official code's
-    if len(pose) not in (72, 144) or len(shape) != 10 or len(cam) != 3 or not torch.cat(
-            [pose, shape, cam]).isfinite().all():
+        found |= load_arrays(path, found, expected)[0]
+    pose, shape, cam = (torch.from_numpy(np.float32(x).ravel()) for x in found.values())
+    sizes, numbers = (len(pose), len(shape), len(cam)), torch.cat([pose, shape, cam])
+    if sizes not in ((72, 10, 3), (144, 10, 3)) or not numbers.isfinite().all():
         raise ValueError(f"--mean-params {path}: expected {expected}")
     if len(pose) == 72:
         theta = mean_theta(pose, rotation)                            # (1, 85 or 157)
@@ -723,31 +678,26 @@ def training_draws(sizes: list[int], share: np.ndarray, B: int, crop: str, seed:
 
 class Pictures(Dataset):
     """pictures[draw] -> one person's crop and labels, or the next one's whose picture can be used.
-
-    What the loading processes hold: people as arrays, no body, nothing on a GPU.
-    """
+    It is what the loading processes hold: people as arrays, no body, nothing on a GPU."""
 
     def __init__(self, sets: list[People], size: int, crop: str, replace: bool = True):
         self.sets, self.size, self.crop, self.replace = sets, size, crop, replace
         self.windows = [windows(found, crop) for found in sets]       # (N, 2), (N,) each
 
-    def __getitem__(self, draw: Draw) -> tuple[Batch | None, Draw, list]:
-        """-> `person`, whose draw it is, [(data set, row, why), ..] of unusable pictures.
-
-        After 1 % of a data set in a row, or without `replace` at once, nobody takes the place.
-        """
+    def __getitem__(self, draw: Draw) -> tuple[Batch | None, int, list]:
+        """-> `person`, its row, [(data set, row, why), ..] of unusable pictures.  After 1 % of a
+        data set in a row, or without `replace` at once, nobody takes the place."""
         N, broken = len(self.sets[draw.k].image), []
-        for row in range(draw.row, draw.row + (1 + N // 100 if self.replace else 1)):
-            one = draw._replace(row=row % N)
+        for n in range(1 + N // 100 if self.replace else 1):
+            row = (draw.row + n) % N
             try:
-                return self.person(one), one, broken
+                return self.person(draw._replace(row=row)), row, broken
             except (ValueError, OSError) as error:
-                broken.append((one.k, one.row, str(error)))
-        return None, draw, broken
+                broken.append((draw.k, row, str(error)))
+        return None, row, broken
 
     def person(self, draw: Draw) -> Batch:
-        """One person, jittered, not flipped: a Batch without its first axis, its image of bytes,
-        the pose (24, 3) in the rotations' place.  What is not labelled is 0 and masked."""
+        """One person, a Batch of 1, its image of bytes.  What is not labelled is 0 and masked."""
         found, (centers, sides), row = self.sets[draw.k], self.windows[draw.k], draw.row
         path, size = found.folder / os.fsdecode(found.image[row]), tuple(found.size[row].tolist())
         image = read_picture(path, size if all(size) else None)       # (3, H, W)
@@ -758,56 +708,46 @@ class Pictures(Dataset):
         part, S = (x[row, J24_TO_19] for x in (found.part, found.S))  # (19, 3), (19, 4)
         image, points = crop_person(image, part[:, :2], part[:, 2], self.size, draw.shift,
                                     draw.zoom, self.crop, (centers[row], float(sides[row])))
-        return Batch(image=image, keypoints2d=points, visible=part[:, 2], keypoints3d=S[:, :3],
-                     rotmats=found.pose[row].view(24, 3), betas=found.betas[row], has_3d=S[:, 3],
-                     has_smpl=found.has_smpl[row].float(), cam=torch.zeros(3))
+        has_smpl = found.has_smpl[row].float()                        # ()
+        rotmats = batch_rodrigues(found.pose[row].view(24, 3)) * has_smpl         # (24, 3, 3)
+        batch = Batch(image=image, keypoints2d=points, visible=part[:, 2], keypoints3d=S[:, :3],
+                      rotmats=rotmats, betas=found.betas[row], has_3d=S[:, 3], has_smpl=has_smpl,
+                      cam=torch.zeros(3))
+        batch = Batch(*(x[None] for x in batch))
+        return flip_batch(batch) if draw.flip else batch
 
 
 def collate(items: list) -> tuple[Batch | None, list[int], list]:
     """Items of Pictures -> one Batch, its rows, and what cannot be used."""
-    good, broken = [item for item in items if item[0]], [why for item in items for why in item[2]]
-    if not good:
-        return None, [], broken
-    people, draws, _ = zip(*good)
-    batch = Batch(*map(torch.stack, zip(*people)))
-    rotmats = batch_rodrigues(batch.rotmats) * batch.has_smpl[:, None, None, None]
-    batch = batch._replace(rotmats=rotmats)                           # (B, 24, 3, 3)
-    flip = torch.tensor([draw.flip for draw in draws])                # (B,)
-    batch = Batch(*(torch.where(flip.view(-1, *[1] * (x.ndim - 1)), mirrored, x)
-                    for mirrored, x in zip(flip_batch(batch), batch)))
-    return batch, [draw.row for draw in draws], broken
+    people, rows = [item[0] for item in items if item[0]], [item[1] for item in items if item[0]]
+    batch = Batch(*map(torch.cat, zip(*people))) if people else None
+    return batch, rows, [why for _, _, broken in items for why in broken]
 
 
 def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
-            device: torch.device) -> Iterator[tuple[Batch | None, list[int]]]:
-    """Each list of draws as a Batch on the device, image in [0, 1], and its rows.
-
-    Processes load ahead of need.  What cannot be used is named once, and is an error above 1 % of a
-    data set.  Raises ValueError.
-    """
+            device: torch.device) -> Iterator[tuple[Batch, list[int]]]:
+    """Each list of draws as a Batch on the device, image in [0, 1], and its rows.  What cannot be
+    used is named once, and more than 1 % of a data set is an error.  Raises ValueError."""
     # a generator of its own: the loader's draw must not touch that of dropout
     loader = DataLoader(pictures, batch_sampler=draws, collate_fn=collate, num_workers=workers,
-                        generator=torch.Generator(), worker_init_fn=leave_ctrl_c_to_main,
-                        pin_memory=device.type == "cuda")
-    left_out = [{} for _ in pictures.sets]      # of each data set: row: why
+                        generator=torch.Generator(), pin_memory=device.type == "cuda")
+    left_out = {}                               # (data set, row): why
     try:
         for batch, rows, broken in loader:
-            new = {(k, row): why for k, row, why in broken if row not in left_out[k]}
-            for (k, row), why in new.items():
-                left_out[k][row] = why
-            for found, of in zip(pictures.sets, left_out):
-                if len(of) > 0.01 * len(found.image):
-                    raise ValueError(f"{found.name}: the pictures of {len(of)} of its "
+            new = {(k, row): why for k, row, why in broken if (k, row) not in left_out}
+            left_out |= new
+            for n, found in enumerate(pictures.sets):
+                whys = [why for (k, _), why in left_out.items() if k == n]
+                if len(whys) > 0.01 * len(found.image):
+                    raise ValueError(f"{found.name}: the pictures of {len(whys)} of its "
                                      f"{len(found.image):,} people cannot be used, more than 1 %, "
-                                     f"the first {[*of.values()][0]} (the folder after the @ is "
-                                     f"the one that the annotations' paths start from)")
+                                     f"the first {whys[0]} (the folder after the @ is the one "
+                                     f"that the annotations' paths start from)")
             for (k, _), why in new.items():
                 say(printable(f"{pictures.sets[k].name}: left out, {why}"))
-            if batch is not None:
-                # from pinned memory the copies run beside the GPU's work
+            if batch:                           # pinned memory is copied beside the GPU's work
                 batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
-                batch = batch._replace(image=batch.image.float() / 255)           # (B, 3, H, W)
-            yield batch, rows
+                yield batch._replace(image=batch.image.float() / 255), rows
     except RuntimeError as error:               # a process was killed, or has no shared memory
         if "DataLoader worker" not in str(error):
             raise
@@ -815,41 +755,39 @@ def batches(pictures: Pictures, draws: Iterable[list[Draw]], workers: int,
                          f"/dev/shm full? try --workers 0") from None
 
 
-def leave_ctrl_c_to_main(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 class RealPeople(SyntheticPeople):
     """Photographs with labels; the discriminators' motion is SyntheticPeople's, or AMASS'.
 
-    options: data, mix, mocap and workers of the command line.
-
-    batch(step) and motion(n, step) are functions of (seed, step, rank) alone, whatever --workers
-    says.  Half a batch comes from data sets with 3D labels and half from those without, where both
-    exist (Sec. 3.4), in each half by size, as the official shards; or by --mix.  `--no-paired`
-    hides all 3D.  Raises ValueError, FileNotFoundError.
+    options: data, mix, mocap and workers of the command line.  batch(step) and motion(n, step) are
+    functions of (seed, step, rank) alone, whatever --workers says.  `--no-paired` hides all 3D.
+    Raises ValueError, FileNotFoundError.
     """
 
     def __init__(self, config: Config, smpl: SMPL, options: argparse.Namespace):
-        rank, ranks = train.rank_and_ranks()
+        (rank, ranks), mocap = train.rank_and_ranks(), options.mocap
         sets = [read_people(text) for text in options.data]
         if not config.paired:
             sets = [usable(x._replace(S=0 * x.S, has_smpl=x.has_smpl & False)) for x in sets]
         share = shares(sets, options.mix)
         print_people(sets, share)
-        if len(smpl.v_template) != 6890 and (options.mocap or any(x.has_smpl.any() for x in sets)):
+        if len(smpl.v_template) != 6890 and (mocap or any(x.has_smpl.any() for x in sets)):
             say(f"{smpl.name} is not SMPL's mesh: the betas of --data and --mocap mean something "
                 f"else on it; name SMPL's file by --smpl")
-        if options.mocap:
-            frames, recorded = read_amass(Path(options.mocap))        # (M, 24, 3), (M, 10)
+        if mocap:
+            frames, recorded = read_amass(Path(mocap))                # (M, 24, 3), (M, 10)
             self.recorded = recorded.to(smpl.v_template.device)
         else:
             frames, self.recorded = load_mocap(config.upright, False, config.validate), None
             say("no --mocap: the adversary knows the open clips' motion, and betas ~ N(0, 1)")
         super().__init__(smpl, frames, config.batch // ranks, config.size, seed=config.seed,
-                         rank=rank, mix=not options.mocap)
-        self.name = name_of(sets, share, f"{len(frames):,} frames of "
-                            f"{'AMASS' if options.mocap else 'the open clips'}")
+                         rank=rank, mix=not mocap)
+        # The pictures' names, but no folder: one that has moved does not make other data.
+        names = hashlib.sha256(b"\n".join(b"".join([*found.image]) for found in sets)).hexdigest()
+        kinds = ", ".join(f"{found.name.partition(':')[0]} {len(found.image):,} people {part:.1%}"
+                          for found, part in zip(sets, share))
+        self.name = (f"photographs ({kinds}; names {names[:12]}; {len(frames):,} frames of "
+                     f"{'AMASS' if mocap else 'the open clips'}; `python -m appendix.datasets "
+                     f"train`)")
         # Nothing in these refers to this object: a cycle would end the loading processes too late.
         self.photographs, self.workers = Pictures(sets, config.size, config.crop), options.workers
         self.draws = functools.partial(training_draws, [len(found.image) for found in sets], share,
@@ -873,25 +811,16 @@ class RealPeople(SyntheticPeople):
         return self.recorded.index_select(0, rows)                    # (n, 10)
 
 
-def name_of(sets: list[People], share: np.ndarray, motion: str) -> str:
-    """What a world of photographs is made of: kinds, counts and the pictures' names, no folders,
-    since a folder that has moved does not make other data.  A checkpoint keeps it."""
-    names = hashlib.sha256(b"\n".join(b"".join([*found.image]) for found in sets)).hexdigest()
-    kinds = ", ".join(f"{found.name.partition(':')[0]} {len(found.image):,} people {part:.1%}"
-                      for found, part in zip(sets, share))
-    return (f"photographs ({kinds}; names {names[:12]}; {motion}; `python -m appendix.datasets "
-            f"train`)")
-
-
 def shares(sets: list[People], mix: tuple[float, ...]) -> np.ndarray:
-    """Each data set's part of a batch: by --mix, or half 2D and half 3D, in each half by size."""
+    """Each data set's part of a batch: by --mix; or half from those with 3D and half from those
+    without, where both exist (Sec. 3.4), in each half by size, as the official shards."""
     if mix:
         if len(mix) != len(sets) or not all(0 <= w < math.inf for w in mix) or not sum(mix):
             raise ValueError(f"--mix {' '.join(map(str, mix))}: expected one weight of 0 or more "
                              f"for each of the {len(sets)} --data, not all 0")
         return np.array(mix, float) / sum(mix)
     share = np.array([len(found.image) for found in sets], float)
-    of_3d = np.array([bool(found.S.any() or found.has_smpl.any()) for found in sets])
+    of_3d = np.array([bool(which_labels(found)[1:].any()) for found in sets])
     for half in (of_3d, ~of_3d):
         share[half] /= max(share[half].sum(), 1)
     return share / share.sum()
@@ -913,33 +842,31 @@ def load_joint_regressor(path: str, V: int) -> Tensor:
     """J_regressor_h36m.npy, which makes H3.6M's 17 joints of SMPL's vertices -> (17, V)."""
     expected = (f"J_regressor_h36m.npy, finite numbers (17, {V}), as many columns as the body "
                 f"(--smpl) has vertices; without it 13 joints are measured")
-    try:
-        regressor = np.load(plain_file(path, expected), mmap_mode="r", allow_pickle=False)
-        if regressor.shape == (17, V) and np.isfinite(regressor := float32(regressor)).all():
-            return torch.from_numpy(regressor)
-    except (ValueError, TypeError, AttributeError, EOFError):         # numpy's
-        pass
-    raise ValueError(f"--joint-regressor {path}: expected {expected}")
+    with reading(path, "no --joint-regressor", expected) as path:
+        regressor = np.load(path, mmap_mode="r", allow_pickle=False)
+        if regressor.shape != (17, V) or not np.isfinite(regressor).all():
+            raise ValueError(f"{regressor.dtype} {regressor.shape}")
+        return torch.from_numpy(regressor.astype(np.float32))
 
 
 class Protocol:
-    """How one data set is measured: joints, root, and the bodies that are the truth.
-
-    True joints are those measured, S, or where nobody has S a body's own.
-    """
+    """How one data set is measured: joints, root, and the bodies that are the truth.  True joints
+    are those measured, S, or where nobody has S a body's own."""
 
     def __init__(self, found: People, smpl: SMPL, options: argparse.Namespace):
-        if not (found.S.any() or found.has_smpl.any()):
+        if not which_labels(found)[1:].any():
             raise ValueError(f"--data {found.name}: has neither S nor pose; nothing to measure by")
         device, path = smpl.v_template.device, options.joint_regressor
-        self.found, self.from_S, self.bodies = found, bool(found.S.any()), [smpl]
-        self.regressor = load_joint_regressor(path, len(smpl.v_template)).to(
-            device) if path else None                                 # (17, V)
-        self.P = 13 if self.from_S else 14                            # without the regressor
-        self.joints = f"14 joints by {Path(path).name}, root its pelvis" if path else (
-            f"13 of LSP's joints, no head, by {smpl.name}" if self.from_S else
-            "LSP's 14 joints, both bodies' own") + ", root the hips' middle"
-        self.body = f"{smpl.name} for all"
+        self.found, self.from_S, self.regressor = found, bool(found.S.any()), None
+        # Which points are compared, and whose middle is the root: a body's, and those of S.
+        self.of_body = self.of_S = [*range(13 if self.from_S else 14)], [RIGHT_HIP, LEFT_HIP]
+        self.joints = (f"13 of LSP's joints, no head, by {smpl.name}" if self.from_S else
+                       "LSP's 14 joints, both bodies' own") + ", root the hips' middle"
+        if path:
+            self.regressor = load_joint_regressor(path, len(smpl.v_template)).to(device)  # (17, V)
+            self.of_body, self.of_S = (H36M_TO_14, [0]), (J24_TO_14, [J24_PELVIS])
+            self.joints = f"14 joints by {Path(path).name}, root its pelvis"
+        self.bodies, self.body = [smpl], f"{smpl.name} for all"
         if options.smpl_genders:
             self.bodies += [SMPL(file).to(device) for file in options.smpl_genders]
             if len({len(body.v_template) for body in self.bodies}) > 1:
@@ -954,12 +881,11 @@ class Protocol:
     def rooted(self, keypoints: Tensor, vertices: Tensor) -> tuple[Tensor, Tensor]:
         """A body's joints (B, P, 3) and vertices (B, V, 3), metres, from the root: the regressor's
         pelvis, or without one the middle of the hips, as in the paper's code."""
-        if self.regressor is None:
-            points, root = keypoints[:, :self.P], hip_midpoint(keypoints)         # (B, 1, 3)
-        else:
-            joints = self.regressor @ vertices                        # (B, 17, 3)
-            points, root = joints[:, H36M_TO_14], joints[:, :1]       # (B, 14, 3), (B, 1, 3)
-        return points - root, vertices - root
+        points, (used, roots) = keypoints, self.of_body
+        if self.regressor is not None:
+            points = self.regressor @ vertices                        # (B, 17, 3)
+        root = points[:, roots].mean(1, keepdim=True)                 # (B, 1, 3)
+        return points[:, used] - root, vertices - root
 
     def truth(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """-> joints (B, P, 3), whether they are known (B,), vertices (B, V, 3), NaN: not known."""
@@ -971,9 +897,7 @@ class Protocol:
         known = batch.has_smpl > 0                                    # (B,)
         skin = torch.where(known[:, None, None], skin, math.nan)      # (B, V, 3)
         if self.from_S:
-            S = self.found.S[rows].to(skin.device)                    # (B, 24, 4)
-            used, roots = ([*range(13)], [RIGHT_HIP, LEFT_HIP]) if self.regressor is None else (
-                J24_TO_14, [J24_PELVIS])
+            S, (used, roots) = self.found.S[rows].to(skin.device), self.of_S      # (B, 24, 4)
             points = S[:, used, :3] - S[:, roots, :3].mean(1, keepdim=True)       # (B, P, 3)
             known = (S[:, used + roots, 3] > 0).all(1)                # (B,)
         return points, known, skin
@@ -987,39 +911,36 @@ def measure(network: Network, found: People, options: argparse.Namespace) -> tup
     pictures = Pictures([found], network.config.size, network.crop, replace=False)
     draws, parts = ([Draw(0, row) for row in range(n, min(n + 64, N))] for n in range(0, N, 64)), []
     for batch, rows in batches(pictures, draws, options.workers, device):
-        if batch is None:
-            continue
         true, known, skin = protocol.truth(batch, rows)
         bodies = [model.decode(theta, vertices=True) for theta in model(batch.image)[0]]  # T
         rooted = [protocol.rooted(body.keypoints3d, body.vertices) for body in bodies]
-        part = dict(true=true, known=known, row=torch.tensor(rows), rotmats=bodies[-1].rotmats,
-                    betas=bodies[-1].betas, camera=bodies[-1].cam,
-                    joints=torch.stack([points for points, _ in rooted], 1),      # (B, T, P, 3)
-                    pve=torch.stack([1000 * (x - skin).norm(dim=-1).mean(1) for _, x in rooted], 1))
-        parts.append({key: x.cpu() for key, x in part.items()})       # pve (B, T)
+        joints = torch.stack([points for points, _ in rooted], 1)     # (B, T, P, 3)
+        pve = torch.stack([1000 * (x - skin).norm(dim=-1).mean(1) for _, x in rooted], 1)   # (B, T)
+        parts.append([x.cpu() for x in (known, true, joints, pve, torch.tensor(rows), *(
+            getattr(bodies[-1], key) for key in ("rotmats", "betas", "cam")))])
         if len(parts) % 200 == 0:
             say(f"{64 * len(parts):,} of {N:,} people")
-    every = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    known, image = every["known"], found.image[every["row"].numpy()]
+    known, true, joints, pve, row, rotmats, betas, cam = map(torch.cat, zip(*parts))      # (n, ..)
     if not known.any():
         raise ValueError(f"--data {found.name}: nobody has all of {protocol.joints}")
-    true, joints, pve = (every[key][known] for key in ("true", "joints", "pve"))  # (n, ..)
-    action, last = actions(image[known.numpy()]), (joints[:, -1], true, pve[:, -1])
-    per_action = {one: summary(*(x[action == one] for x in last)) for one in sorted({*action})}
-    result = {"data": found.name, "joints": protocol.joints, "frames": len(true),
+    every = [(joints[known, t], true[known], pve[known, t]) for t in range(pve.shape[1])]
+    # H3.6M's actions, if all pictures have names such as S9_Directions_1.54138969_000001.jpg
+    image, kept = found.image[row.numpy()], known.numpy()             # (n,) each
+    named = [re.search(r"(?:^|/)S\d+_([A-Za-z]+)[^/]*$", os.fsdecode(x)) for x in image[kept]]
+    action = np.array([name[1] for name in named] if all(named) else [])
+    per_action = {one: summary(*(x[action == one] for x in every[-1])) for one in sorted({*action})}
+    mean = {key: float(np.mean([row[key] for row in per_action.values()]))
+            for key in ("mpjpe", "pa_mpjpe", "frames")} if per_action else None
+    result = {"data": found.name, "joints": protocol.joints, "frames": int(known.sum()),
               "truth": "measured joints S" if protocol.from_S else protocol.body,
               "skin": f"{len(model.smpl.v_template):,} vertices, the same root; truth: "
-                      f"{protocol.body}", "frames_of_skin": int(pve[:, 0].isfinite().sum()),
-              "per_iteration": [summary(joints[:, t], true, pve[:, t])
-                                for t in range(pve.shape[1])],
-              "per_action": per_action, "mean_of_actions": {
-                  key: statistics.mean(row[key] for row in per_action.values())
-                  for key in ("mpjpe", "pa_mpjpe", "frames")} if per_action else None}
-    pose = Rotation.from_matrix(every["rotmats"].flatten(0, 1).double()).as_rotvec()
-    return result, {"data": np.full(len(image), found.name), "imgname": image,
-                    "row": every["row"].numpy(), "pose": pose.reshape(-1, 24, 3),
-                    "betas": every["betas"].numpy(), "camera": every["camera"].numpy(),
-                    "joints_mm": 1000 * every["joints"][:, -1].numpy()}
+                      f"{protocol.body}", "frames_of_skin": int(pve[known, 0].isfinite().sum()),
+              "per_iteration": [summary(*one) for one in every], "per_action": per_action,
+              "mean_of_actions": mean}
+    pose = Rotation.from_matrix(rotmats.flatten(0, 1).double()).as_rotvec()
+    return result, {"data": np.full(len(image), found.name), "imgname": image, "row": row.numpy(),
+                    "pose": pose.reshape(-1, 24, 3), "betas": betas.numpy(), "camera": cam.numpy(),
+                    "joints_mm": 1000 * joints[:, -1].numpy()}
 
 
 def summary(points: Tensor, true: Tensor, pve: Tensor) -> dict[str, float | None]:
@@ -1032,18 +953,9 @@ def summary(points: Tensor, true: Tensor, pve: Tensor) -> dict[str, float | None
             **{f"pa_{key}": x for key, x in pa.items()}}
 
 
-def actions(image: np.ndarray) -> np.ndarray:
-    """H3.6M's action of each picture, from names such as S9_Directions_1.54138969_000001.jpg ->
-    (n,) text; empty if any picture has another name."""
-    found = [re.match(r"S\d+_([A-Za-z]+)", PurePosixPath(os.fsdecode(x)).name) for x in image]
-    return np.array([match[1] for match in found]) if all(found) else np.array([])
-
-
 def evaluate(network: Network, options: argparse.Namespace) -> list[dict]:
-    """Measure on each data set in float32, print a line a measure, write metrics.json.
-
-    options: those of the command line.  Raises ValueError, FileNotFoundError.
-    """
+    """Measure on each data set in float32, print a line a measure, write metrics.json.  options:
+    those of the command line.  Raises ValueError, FileNotFoundError."""
     network.model.eval().amp = None
     metrics = {"checkpoint": str(options.checkpoint), "of": list(options.data),
                "joint_regressor": options.joint_regressor, "genders": list(options.smpl_genders)}
