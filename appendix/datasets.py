@@ -135,8 +135,8 @@ def cut_window(image: Tensor, center: Tensor, side: float, size: int,
     extent = (center + reach).ceil().minimum(end).maximum(start + 1) - start      # (2,)
     (x, y), (w, h) = start.int().tolist(), extent.int().tolist()
     part = image[:, y:y + h, x:x + w]                                 # (3, h, w)
-    if side > size:
-        shrunk = [max(1, round(length * size / side)) for length in (h, w)]
+    if side > size:                   # PyTorch fails where bytes shrink to a single pixel
+        shrunk = [max(2, round(length * size / side)) for length in (h, w)]
         part = vision.resize(part, shrunk, antialias=True)            # (3, smaller h, w)
     # Crop coordinates in [-1, 1] -> the part's, in [-1, 1] as well, so the shrinking drops out.
     middle = 2 * (center - start) / extent - 1                        # (2,)
