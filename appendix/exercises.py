@@ -6,9 +6,8 @@
     python -m appendix.exercises check                          # is every task fair?  (Linux)
 
 A task is one or several functions of a chapter.  `write` leaves their docstrings, signatures and
-checks of the input, and marks each function by two lines.  `grade` puts what stands between them in
-a student's file into the project's own files, one task at a time, and runs the task's tests of
-test_hmr.py, which the student has, too.  It is no jail: a student's code has your rights.
+checks of the input between two lines.  `grade` puts what a student has between them into the
+project's own files, one task at a time, and runs the task's tests of test_hmr.py.  It is no jail.
 """
 
 import argparse
@@ -46,6 +45,7 @@ class Task(NamedTuple):
 
     title = property(lambda self: ", ".join(self.functions))
     points = property(lambda self: sum(self.tests.values()))
+    nodes = property(lambda self: [f"test_hmr.py::test_{name}" for name in self.tests])
 
 
 def of_each_loss(name: str) -> dict[str, int]:
@@ -155,28 +155,27 @@ def answer(task: Task) -> list[str]:
 
 def blank(file: str, tasks: tuple[Task, ...]) -> str:
     """A chapter as it is handed out: these tasks are blank, all others are solved."""
-    text = source(file)
-    for task, name in [(t, name) for t in tasks if t.file == file for name in t.functions]:
-        (first, body, end, _), lines = functions(text)[name], text.split("\n")
+    known, lines = functions(source(file)), source(file).split("\n")
+    cut = [(known[name], task, name) for task in tasks if task.file == file
+           for name in task.functions]
+    for (first, body, end, _), task, name in sorted(cut, reverse=True):
         outer = re.match(" *", lines[first])[0]
         lines[first:end] = [
             outer + BEGIN.format(task.number, name), *lines[first:body],
             f'{outer}    raise NotImplementedError("Task {task.number}, {task.where}: {name}")',
             outer + END.format(task.number, name)]
-        text = "\n".join(lines)
-    return text
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------
 # write: the folder that a student gets
 
 def tasks_md(tasks: tuple[Task, ...]) -> str:
+    rows = [f"| {t.number} | {t.title} | `{t.file}` | {t.where} | {t.know} | "
+            f"{', '.join(map(str, t.needs))} | {len(answer(t))} | {t.points} |\n" for t in tasks]
     parts = [RULES.format(n=len(tasks)),
              "| task | | file | to read | of PyTorch | needs task | lines in ours | points |\n"
-             "|---|---|---|---|---|---|---|---|\n" + "".join(
-                 f"| {t.number} | {t.title} | `{t.file}` | {t.where} | {t.know} | "
-                 f"{', '.join(map(str, t.needs))} | {len(answer(t))} | {t.points} |\n"
-                 for t in tasks)]
+             "|---|---|---|---|---|---|---|---|\n" + "".join(rows)]
     for t in tasks:
         known = functions(source(t.file))
         text = " ".join(known[name][3].split("\n\n")[0] for name in t.functions) + " " + t.hint
@@ -204,9 +203,9 @@ def write(folder: Path, tasks: tuple[Task, ...] = TASKS) -> None:
                         ignore=shutil.ignore_patterns("make_assets.py", "__pycache__"))
         for name in ("test_hmr.py", "requirements.txt", "LICENSE"):
             shutil.copyfile(HERE / name, new / name)
-        for name, text in [(file, blank(file, tasks)) for file in CHAPTERS] + [
-                ("TASKS.md", tasks_md(tasks))]:
-            (new / name).write_text(text, encoding="utf-8")
+        for file in CHAPTERS:
+            (new / file).write_text(blank(file, tasks), encoding="utf-8")
+        (new / "TASKS.md").write_text(tasks_md(tasks), encoding="utf-8")
         figures(new / "figures")
         new.rename(folder)
     print(f"wrote {folder}: {len(tasks)} tasks, {sum(t.points for t in tasks)} points; "
@@ -301,16 +300,15 @@ def obstacle(folder: Path) -> str:
     return f"none of the four files but {others}" if others else "an empty folder"
 
 
-def grade_one(folder: Path, tasks: tuple[Task, ...], processes: int, seconds: int) -> list[Grade]:
+def grade_one(folder: Path, tasks: tuple[Task, ...], args: argparse.Namespace) -> list[Grade]:
     grades, jobs = {}, []
     for task in tasks:
         try:
             text, theirs = graft(task, folder / task.file)
-            jobs.append(Job((task, theirs), {task.file: text},
-                            tuple(f"test_{name}" for name in task.tests), seconds=seconds))
+            jobs.append(Job((task, theirs), {task.file: text}, task.nodes, args.seconds))
         except (ValueError, OSError) as error:
             grades[task.number] = Grade(task, 0, printable(error)[:600])
-    for job, result in run_apart(jobs, processes):
+    for job, result in run_apart(jobs, args.processes):
         grades[job.key[0].number] = judge(job.key[0], result, job.key[1])
     return [grades[task.number] for task in tasks]
 
@@ -321,13 +319,6 @@ def report(name: str, grades: list[Grade], remark: str) -> None:
         print(f"  {task.number:2d} {task.title:37.37s} {points:2d} of {task.points:2d}")
         for line in filter(None, message.split("\n")):
             print(paragraph(line, initial_indent="     ", subsequent_indent="       "))
-
-
-def gradescope(grades: list[Grade]) -> str:
-    """results.json as Gradescope's autograder reads it."""
-    tests = [{"name": f"Task {g.task.number}: {g.task.title}", "max_score": g.task.points,
-              "score": g.points, "output": g.message} for g in grades]
-    return json.dumps({"score": sum(g.points for g in grades), "tests": tests}, indent=1)
 
 
 def statistics(of_class: list[list[Grade]]) -> str:
@@ -348,21 +339,25 @@ def grade(args: argparse.Namespace) -> bool:
     if not (args.seconds > 0 and args.processes >= 0):
         raise ValueError("--seconds, --processes: expected more than 0")
     tasks, of_class = chosen(args.tasks), []
-    paths = {folder: folder.resolve().parts for folder in args.folders}
-    distinct = set(paths.values())
+    folders = list(dict.fromkeys(folder.resolve() for folder in args.folders))
     rows = [["student", *(f"{t.number} {t.title}" for t in tasks), "points", "remark"]]
-    for folder, path in paths.items():
+    for folder in folders:
         # folders of one name are told apart by the folders that they are in
-        n = next(n for n in itertools.count(1) if [p[-n:] for p in distinct].count(path[-n:]) == 1)
-        name, remark = printable("_".join(path[-n:])), obstacle(folder)
-        grades = [Grade(task, 0, "") for task in tasks] if remark else grade_one(
-            folder, tasks, args.processes, args.seconds)
+        n = next(n for n in itertools.count(1)
+                 if [other.parts[-n:] for other in folders].count(folder.parts[-n:]) == 1)
+        name, remark = printable("_".join(folder.parts[-n:])), obstacle(folder)
+        grades = ([Grade(task, 0, "") for task in tasks] if remark else
+                  grade_one(folder, tasks, args))
+        points = [g.points for g in grades]
         report(name, grades, remark)
         of_class.append(grades)
-        rows.append([name, *(g.points for g in grades), sum(g.points for g in grades), remark])
+        rows.append([name, *points, sum(points), remark])
         text = io.StringIO()
         csv.writer(text).writerows(rows)
-        write_atomically(args.out / f"{name}.json", gradescope(grades).encode())
+        results = {"score": sum(points), "tests": [                  # as Gradescope reads it
+            {"name": f"Task {g.task.number}: {g.task.title}", "max_score": g.task.points,
+             "score": g.points, "output": g.message} for g in grades]}
+        write_atomically(args.out / f"{name}.json", json.dumps(results, indent=1).encode())
         write_atomically(args.out / "class.csv", text.getvalue().encode())
     print(f"{statistics(of_class)}\nwrote {args.out / 'class.csv'} and a .json for each folder")
     return all(g.points == g.task.points for grades in of_class for g in grades)
@@ -377,8 +372,8 @@ def check(processes: int) -> None:
     jobs = []
     for task in TASKS:
         others = tuple(t for t in TASKS if t.number not in (task.number, *task.needs))
-        jobs += [Job((task, cut), {file: blank(file, cut) for file in CHAPTERS},
-                     tuple(f"test_{name}" for name in task.tests)) for cut in ((task,), others)]
+        jobs += [Job((task, cut), {file: blank(file, cut) for file in CHAPTERS}, task.nodes)
+                 for cut in ((task,), others)]
     for job, result in run_apart(jobs, processes):
         (task, cut), got = job.key, judge(job.key[0], result, "")
         right = (0, "not attempted") if task in cut else (task.points, "")
@@ -404,27 +399,26 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Coursework cut from the chapters, and graded.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("write", help="folder that a student gets")
-    one.set_defaults(run=lambda args: write(args.folder, chosen(args.tasks)))
     one.add_argument("folder", type=Path, metavar="DIR")
     two = commands.add_parser(
         "grade", help="points of students' folders (Linux)", description="A student's code has "
         "your rights: grade strangers' work in a container. The status is 1 if points are lost.")
-    two.set_defaults(run=grade)
     two.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     two.add_argument("--seconds", type=int, default=60, help="processor time for a task [60]")
     two.add_argument("--out", type=Path, default=Path("out/grade"), metavar="DIR",
                      help="folder for class.csv and a .json for each student [out/grade]")
     three = commands.add_parser("check", help="fairness of each task: blank, and solved alone")
-    three.set_defaults(run=lambda args: check(args.processes))
-    four = commands.add_parser("answers", help="model answers to the questions in words")
-    four.set_defaults(run=lambda args: print(QUESTIONS))
+    commands.add_parser("answers", help="model answers to the questions in words")
     for command in (two, three):
         command.add_argument("--processes", type=int, default=0, help="number of processes [cores]")
     for command in (one, two):
         command.add_argument("--tasks", default="", help="numbers such as 3,7 (default: all)")
     args, right = parser.parse_args(argv), []
+    run = {"write": lambda: write(args.folder, chosen(args.tasks)), "grade": lambda: grade(args),
+           "check": lambda: check(args.processes), "answers": lambda: print(QUESTIONS)}
     torch.set_num_threads(1)              # no threads, so that the process may be forked
-    return exit_status("exercises", lambda: right.append(args.run(args))) or int(right == [False])
+    status = exit_status("exercises", lambda: right.append(run[args.command]()))
+    return status or int(right == [False])
 
 
 if __name__ == "__main__":

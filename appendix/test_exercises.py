@@ -1,7 +1,4 @@
-"""Exercises and gallery: the hand-out, the grading, the table of mistakes.
-
-Fast: `python -m appendix.exercises check` and the whole gallery are commands, run by .ci/run.
-"""
+"""Exercises and gallery; .ci/run runs the whole gallery and the exercises' check, too."""
 
 import ast
 import csv
@@ -29,7 +26,7 @@ def test_beyond_the_picture_its_edge_is_repeated():
     assert crop.min() > 0.99, f"black ({crop.min():.2f}) beyond the edge: SPIN's zeros, not hmr's"
 
 
-EDITS = [edit for mistake in MISTAKES for edit in mistake.edits]
+EDITS = [gallery.Edit(*edit) for _, _, _, *edits in MISTAKES for edit in edits]
 
 
 def caught(file: str, first: int, last: int, tests: list[str]) -> list[gallery.Edit]:
@@ -40,15 +37,14 @@ def caught(file: str, first: int, last: int, tests: list[str]) -> list[gallery.E
 
 
 def test_the_table_is_complete_and_every_edit_applies():
-    assert [m.number for m in MISTAKES] == list(range(1, len(MISTAKES) + 1))
-    assert [m.number for m in MISTAKES if not m.edits] == [35]
-    assert len({(e.file, e.old, e.new) for e in EDITS}) == len(EDITS) > 100
+    assert [number for number, *_ in MISTAKES] == list(range(1, len(MISTAKES) + 1))
+    assert [number for number, _, _, *edits in MISTAKES if not edits] == [35]
+    assert len({edit[:3] for edit in EDITS}) == len(EDITS) > 100
     for edit in EDITS:
         edited = gallery.apply(edit)                      # raises if the line has changed
         assert edited != source(edit.file) and "\n" not in edit.old[:-1], f"{edit}: not one line"
         ast.parse(edited)
-        file, _, name = edit.test.rpartition("::")
-        assert f"\ndef {name.partition('[')[0]}(" in source(file or "test_hmr.py"), edit
+        gallery.place(edit.test)                          # raises if there is no such test
     with pytest.raises(ValueError, match="mend this edit"):
         gallery.apply(EDITS[0]._replace(old="another text"))
 
@@ -78,8 +74,14 @@ def test_readmes_map_of_the_equations_is_the_codes():
         assert caught(file, node.lineno, node.end_lineno, [test]), f"README: {test} catches nothing"
 
 
-def test_the_gallery_runs_and_tells(graded):
-    shown = graded[0].stdout.partition(GALLERY_ENDED)[0]
+def python(*arguments: str | Path, cwd: Path = HERE) -> subprocess.CompletedProcess:
+    """`python -m ..` in a process of its own, which has computed nothing and so may fork."""
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=cwd, text=True,
+                          capture_output=True)
+
+
+def test_the_gallery_runs_and_tells():
+    shown = python("appendix.gallery", "16", "35").stdout
     assert "1 of 1 edits caught" in shown and "cannot be made here" in shown
     assert "this is upside down, without the half turn" in shown, "the mistake is named"
     assert gallery.main(["99"]) == 2
@@ -110,16 +112,15 @@ def test_a_tasks_command_runs_its_tests_and_no_others(student, capsys):
     pytest.main(["--collect-only", "-qs", "--assert=plain", "-pno:cacheprovider",
                  "-pno:faulthandler", str(HERE / "test_hmr.py")])
     nodes = {line.partition("::")[2] for line in capsys.readouterr().out.splitlines()} - {""}
-    command = (student / "TASKS.md").read_text(encoding="utf-8")
+    page = (student / "TASKS.md").read_text(encoding="utf-8")
     for task in TASKS:
         chosen = {node for node in nodes if any(
             word.lower() in node.lower() for word in task.key.split(" or "))}
         tests = {f"test_{name}" for name in task.tests}
         its = {node for node in nodes if {node, node.partition("[")[0]} & tests}
-        assert {node.partition("[")[0] for node in its} == {t.partition("[")[0] for t in tests}
         odd = {node for node in chosen ^ its if not node.startswith("test_resnet_equals")}
         assert not odd, f"task {task.number}: -k {task.key!r} and its tests differ in {odd}"
-        assert f'    pytest test_hmr.py -k "{task.key}"\n' in command
+        assert f'    pytest test_hmr.py -k "{task.key}"\n' in page
 
 
 def test_a_handout_keeps_what_states_the_task_and_gives_no_answer(student):
@@ -130,13 +131,12 @@ def test_a_handout_keeps_what_states_the_task_and_gives_no_answer(student):
                          for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)}
                         for text in (source(file), texts[file]))
         assert theirs <= ours, f"{file}: {theirs - ours}"
-    for task in TASKS:
-        for name in task.functions:
-            assert f'raise NotImplementedError("Task {task.number}, {task.where}: {name}")' in \
-                texts[task.file]
-        for line in exercises.answer(task):
-            found = [name for name, text in texts.items() if len(line) > 20 and line in text]
-            assert not found, f"task {task.number}: {line!r} stands in {found}"
+    blanks = re.findall('raise NotImplementedError."Task (.*?), .*: (.*)"', "".join(texts.values()))
+    assert sorted(blanks) == sorted((str(t.number), name) for t in TASKS for name in t.functions)
+    assert exercises.ANSWER not in texts["TASKS.md"]
+    for line in sum(map(exercises.answer, TASKS), []):
+        found = [name for name, text in texts.items() if len(line) > 20 and line in text]
+        assert not found, f"{line!r} stands in {found}"
 
 
 def test_the_folder_is_whole(student, tmp_path):
@@ -144,9 +144,8 @@ def test_the_folder_is_whole(student, tmp_path):
     names = {str(path.relative_to(student)) for path in student.rglob("*")}
     assert names >= {"TASKS.md", "assets/body.npz", "figures/elbow.png", "LICENSE"}
     assert not names & {"appendix", "assets/make_assets.py"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-qx", "test_hmr.py"], cwd=student,
-                          text=True, capture_output=True)
-    assert "NotImplementedError: Task 1, Sec. 3.1: batch_rodrigues" in done.stdout, done.stdout
+    shown = python("pytest", "-qx", "test_hmr.py", cwd=student).stdout
+    assert "NotImplementedError: Task 1, Sec. 3.1: batch_rodrigues" in shown, shown
     assert exercises.main(["write", str(tmp_path / "some"), "--tasks", "9,14"]) == 0
     text = "".join((tmp_path / "some" / file).read_text(encoding="utf-8") for file in CHAPTERS)
     assert set(re.findall(r"# >>> Task (\d+):", text)) == {"9", "14"}, "the others stay solved"
@@ -166,33 +165,30 @@ def test_bad_options_end_in_a_sentence(arguments, sentence, tmp_path, monkeypatc
 
 def test_the_questions_commands_print_what_the_answers_say(capsys):
     shown = []
-    for command in re.findall(r'^    python -c "(.*?)"$', exercises.QUESTIONS, re.M | re.S):
-        exec(command.replace("\n    ", "\n"), {})
+    for code in re.findall(r'^    python -c "(.*?)"$', exercises.QUESTIONS, re.M | re.S):
+        exec(code.replace("\n    ", "\n"), {})
         shown.append(capsys.readouterr().out)
     first, second, third = shown
     assert "[0.8000" in first and ", 0.4000" in first, first
     norms = [float(line.split()[-1]) for line in second.splitlines()]
     assert norms == pytest.approx([1.8, 23.8, 2.2, 7.2], rel=0.05), norms
     assert float(third) == 0
-    assert "1 point" not in exercises.tasks_md(TASKS)
 
 
 # ============================================================================================
 # Grading
 
-def test_a_solved_file_becomes_the_projects_again(student, tmp_path):
-    """The student's lines replace the project's, whatever comments stand in them."""
+def test_a_solved_file_becomes_the_projects_again(tmp_path):
     for task in TASKS:
         text, known = source(task.file), exercises.functions(source(task.file))
-        solved = (student / task.file).read_text(encoding="utf-8")
-        for name in task.functions:
-            first, _, last, _ = known[name]
-            begin, end = (re.escape(mark.format(task.number, name))
-                          for mark in (exercises.BEGIN, exercises.END))
-            solved = re.sub(f"({begin}\n).*(\n *{end})", lambda found: found[1] + "\n".join(
-                text.split("\n")[first:last]) + found[2], solved, flags=re.S)
-        (tmp_path / task.file).write_text(solved, encoding="utf-8")
-        assert exercises.graft(task, tmp_path / task.file)[0] == text
+        lines = text.split("\n")
+        for name in sorted(task.functions, key=known.get, reverse=True):
+            first, _, end, _ = known[name]
+            lines.insert(end, "# a longer answer\n" + exercises.END.format(task.number, name))
+            lines.insert(first, exercises.BEGIN.format(task.number, name))
+        (tmp_path / task.file).write_text("\n".join(lines), encoding="utf-8")
+        grafted, _ = exercises.graft(task, tmp_path / task.file)
+        assert grafted.replace("# a longer answer\n", "") == text
 
 
 RIGHT = "return cam[:, None, :1] * (points[..., :2] + cam[:, None, 1:])"
@@ -202,7 +198,6 @@ SUBMISSIONS = {    # of Task 9; what stands in place of its line, and what the g
     "paper": ("return cam[:, None, :1] * points[..., :2] + cam[:, None, 1:]",
               "this is the paper's s X + t"),
     "leaves": ("import os\n    os._exit(0)", "the process left by itself"),
-    "exits": ("raise SystemExit(0)", "SystemExit"),
     "hangs": ("while True:\n        pass", "did not end within 4 seconds: an endless loop?"),
     "hungry": ("return points.new_zeros(2 ** 40)", "asks for more than 4 GiB of memory"),
     "talks": ("while True:\n        print('x' * 2 ** 24)", "writes more than 256 MiB"),
@@ -213,33 +208,28 @@ SUBMISSIONS = {    # of Task 9; what stands in place of its line, and what the g
     "broken": ("return (cam", "hmr.py, line"),
     "latin": ("return cam  # caf\xe9", "in Latin-1 or the like; save it as UTF-8"),
     "unmarked": ("", "the line '# >>> Task 9: project' or '# <<< Task 9: project' is")}
-GALLERY_ENDED = "---- graded next"
 NOTHING = {"empty": "an empty folder", "nested": "the files stand deeper, in work",
            "zipped": "none of the four files but hmr.zip", "gone": "no such folder"}
 
 
 @pytest.fixture(scope="module")
 def graded(student, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """A small class; before it the gallery, since importing torch takes as long as grading."""
     classroom, out = tmp_path_factory.mktemp("class"), tmp_path_factory.mktemp("out")
     blank = (student / "hmr.py").read_text(encoding="utf-8")
     line = re.search(r"raise NotImplementedError\(\"Task 9.*\n", blank)[0]
-    files = {"zipped/hmr.zip": b""}
-    for name, (text, _) in SUBMISSIONS.items():
-        text = blank.replace(line, f"{text}\n") + "\n\ndef half(x):\n    return x / 2\n"
-        files[f"{name}/hmr.py"] = text.encode("latin-1" if name == "latin" else "utf-8")
-    files["unmarked/hmr.py"] = files["right/hmr.py"].replace(b"# <<< Task 9: project", b"")
-    files["nested/work/hmr.py"] = files["again/right/hmr.py"] = files["right/hmr.py"]
-    for name, content in files.items():
-        (classroom / name).parent.mkdir(parents=True, exist_ok=True)
-        (classroom / name).write_bytes(content)
+    files = {name: blank.replace(line, f"{text}\n") + "\n\ndef half(x):\n    return x / 2\n"
+             for name, (text, _) in SUBMISSIONS.items()}
+    files["unmarked"] = files["right"].replace("# <<< Task 9: project", "")
+    files["nested/work"] = files["again/right"] = files["right"]
+    for name, text in files.items():
+        (classroom / name).mkdir(parents=True)
+        (classroom / name / "hmr.py").write_text(text, encoding="latin-1")     # ASCII but for one
     (classroom / "empty").mkdir()
+    (classroom / "zipped").mkdir()
+    (classroom / "zipped" / "hmr.zip").touch()
     folders = [classroom / name for name in (*SUBMISSIONS, *NOTHING, "again/right")]
-    both = (f"import sys; from appendix import exercises, gallery; gallery.main(['16', '35']); "
-            f"print('{GALLERY_ENDED}', flush=True); sys.exit(exercises.main(sys.argv[1:]))")
-    return subprocess.run([sys.executable, "-c", both, "grade", "--tasks", "9", "--seconds", "4",
-                           "--processes", "2", "--out", out, *folders], cwd=HERE, text=True,
-                          capture_output=True), out
+    return python("appendix.exercises", "grade", "--tasks", "9", "--seconds", "4", "--processes",
+                  "2", "--out", out, *folders), out
 
 
 def test_no_submission_stops_the_grading(graded):
@@ -253,12 +243,12 @@ def test_no_submission_stops_the_grading(graded):
     for name, sentence in NOTHING.items():
         assert rows[name]["remark"].startswith(sentence) and rows[name]["points"] == "0"
     table = done.stdout.split("most frequent loss\n")[1]
-    assert re.match(r" 9 project +4 +0 +15  1 x ", table), table
+    assert re.match(r" 9 project +4 +0 +14  1 x ", table), table
 
 
 @pytest.mark.parametrize("name", SUBMISSIONS)
 def test_a_submission_is_told_what_is_wrong(graded, name):
-    (path,) = graded[1].glob(f"*{name}.json") if name != "right" else graded[1].glob("class*.json")
+    path = next(graded[1].glob(f"*{name}.json"))
     content = json.loads(path.read_text(encoding="utf-8"))
     (test,), says = content["tests"], SUBMISSIONS[name][1]
     assert test["max_score"] == 4 and test["score"] == content["score"] == 4 * (says is None)

@@ -45,45 +45,39 @@ def no_measures(monkeypatch):
 # The recorded step, pictures drawn ahead
 
 class Recording:
-    """A stand-in for CUDA graphs.  Its recording makes the step, so that the first launch has
-    nothing to do.  Each later one calls the step on the recorded tensors and overwrites the losses
-    that it returned."""
+    """A stand-in for a CUDA graph.  Recording makes the step, so that the first launch has nothing
+    to do.  Each later one calls the step on the recorded tensors and overwrites its losses."""
 
     def __init__(self, monkeypatch):
-        self.launches, self.modes, self.adams = 0, [], []
-        made, steps, init = self, [], train.RecordedStep.__init__
-
-        class Graph:
-            is_new = True
-
-            def replay(self):
-                made.launches += 1
-                step = next(step for step in steps if step.graph is self)
-                if not self.is_new:
-                    losses = step.step(data.Batch(*step.tensors[:9]), step.tensors[9:] or None)
-                    for mine, new in zip(step.losses, losses):
-                        mine.copy_(new)
-                self.is_new = False
-
-        @contextlib.contextmanager
-        def record(graph, stream, capture_error_mode):
-            assert stream is torch.cuda.Stream(), "not the stream of the first steps"
-            made.modes.append(capture_error_mode)
-            yield
-
-        def adam(network, rate, config) -> torch.optim.Adam:
-            """Not `capturable`, which needs a GPU; the rate in float64, to be exactly the same."""
-            lr = torch.tensor(rate, dtype=torch.float64) if config.record else rate
-            self.adams.append(torch.optim.Adam(network.parameters(), lr, fused=True))
-            return self.adams[-1]
+        self.launches, self.modes, self.adams, init = 0, [], [], train.RecordedStep.__init__
         monkeypatch.setattr(train, "records", lambda config: config.record)
-        monkeypatch.setattr(train, "adam", adam)
-        monkeypatch.setattr(train.RecordedStep, "__init__",
-                            lambda step, *args: steps.append(step) or init(step, *args))
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", record)
+        monkeypatch.setattr(train, "adam", self.adam)
+        monkeypatch.setattr(train.RecordedStep, "__init__", lambda step, *args:
+                            setattr(self, "step", step) or init(step, *args))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self.record)
         for name in ("Stream", "current_stream", "stream"):
             monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+
+    @contextlib.contextmanager
+    def record(self, graph, stream, capture_error_mode):
+        assert stream is torch.cuda.Stream(), "not the stream of the first steps"
+        self.modes.append(capture_error_mode)
+        yield
+
+    def replay(self):
+        self.launches += 1
+        if self.launches > 1:
+            tensors = self.step.tensors
+            losses = self.step.step(data.Batch(*tensors[:9]), tensors[9:] or None)
+            for mine, new in zip(self.step.losses, losses):
+                mine.copy_(new)
+
+    def adam(self, network, rate, config) -> torch.optim.Adam:
+        """Not `capturable`, which needs a GPU; the rate in float64, to be exactly the same."""
+        lr = torch.tensor(rate, dtype=torch.float64) if config.record else rate
+        self.adams.append(torch.optim.Adam(network.parameters(), lr, fused=True))
+        return self.adams[-1]
 
 
 def run(folder: Path, **changes) -> tuple[list, dict]:
@@ -149,8 +143,8 @@ def test_a_recorded_run_goes_on_and_its_checkpoint_goes_to_the_cpu_and_back(tmp_
                        "--steps", "8", "--out", out]) == 0
     for device, steps in (("cuda", "14"), ("cpu", "16"), ("cuda", "22")):
         assert train.main(["--resume", "--out", out, "--steps", steps, "--device", device]) == 0
-    rows = (tmp_path / "run" / "log.csv").read_text(encoding="utf-8").split()
-    assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(2, 23, 2)), "rows"
+    rows = (tmp_path / "run" / "log.csv").read_text(encoding="utf-8").split()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(2, 23, 2)), "a row lost, or twice"
     assert weights_of(tmp_path / "run")["opt_E"]["state"][0]["step"] == 22, "Adam starts again?"
     errors = [train.evaluate(*(train.load(f"{out}/checkpoint.pt", device=device)[n] for n in (0, 2))
                              )["mpjpe"] for device in ("cpu", "cuda")]
@@ -171,16 +165,12 @@ def test_a_recorded_dropout_heeds_the_seed_of_each_launch():
 
 
 def test_pictures_drawn_ahead_are_a_function_of_the_step(body):
-    def world(**changes):
-        return SyntheticPeople(body, data.load_mocap(True, False), 5, 16, "hard", **changes)
-
-    def drawn(world, step):
-        return [*world.batch(step), *world.motion(7, step)]
-    ahead = world(ahead=3)
-    assert world().ahead == 1, "on a CPU each step draws its own"
-    in_order = [drawn(ahead, step) for step in range(7)]
+    def drawn(*steps, **changes):
+        world = SyntheticPeople(body, data.load_mocap(True, False), 5, 16, "hard", **changes)
+        return [[*world.batch(step), *world.motion(7, step)] for step in steps]
+    in_order = drawn(*range(7), ahead=3)
     for step in (6, 2, 4, 0):                   # any order, any start, as after --resume
-        assert same(drawn(world(ahead=3), step), in_order[step]), f"step {step}: began elsewhere?"
+        assert same(drawn(step, ahead=3), [in_order[step]]), f"step {step}: began elsewhere?"
     for a, b in ((0, 1), (2, 3)):               # of one block, of two
         for i in (0, -1):                       # pictures, the discriminators' betas
             assert not torch.equal(in_order[a][i], in_order[b][i]), "each step its own"
