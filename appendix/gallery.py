@@ -9,6 +9,7 @@ it here.  The command applies each edit to a copy and runs only the test that mu
 
 import argparse
 import contextlib
+import difflib
 import json
 import multiprocessing
 import os
@@ -430,8 +431,10 @@ def gallery(numbers: list[int], processes: int) -> bool:
             outcomes, ending = results[edit]
             caught = next(filter(None, outcomes.values()), "")
             missed += not caught
-            print(f"     {edit.file}: {edit.old.strip()}  ->  {edit.new.strip() or 'nothing'}\n"
-                  f"       {edit.test}: {caught or 'NOT CAUGHT ' + ending}")
+            texts = source(edit.file).splitlines(), apply(edit).splitlines()
+            _, _, where, *changed = difflib.unified_diff(*texts, n=0, lineterm="")
+            print(f"     {edit.file}, line {re.search('[0-9]+', where)[0]}", *changed,
+                  f"{edit.test}: {caught or 'NOT CAUGHT ' + ending}", sep="\n       ")
     print(f"{len(wanted) - missed} of {len(wanted)} edits caught, {time.monotonic() - begun:.0f} s")
     return not missed
 
