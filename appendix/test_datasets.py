@@ -21,7 +21,7 @@ from torch import Tensor
 import data
 import train
 from appendix import datasets
-from appendix.datasets import COCO_NAMES, J24_NAMES, People, RealPeople, read_people, read_picture
+from appendix.datasets import COCO_NAMES, J24_NAMES, RealPeople, read_people, read_picture
 from appendix.spin import Network
 from hmr import HMROutput
 from smpl import KEYPOINT_NAMES, OPEN_BODY, SMPL, batch_rodrigues
@@ -62,13 +62,14 @@ def spin_arrays(N=4, **changes) -> dict:
     return {key: value for key, value in (arrays | changes).items() if value is not None}
 
 
+LARGE = 480, 640                  # height, width of pictures in which the people stand
 ONLY_2D = dict(S=None, pose=None, shape=None, has_smpl=None)
 NO_SMPL = dict(pose=None, shape=None, has_smpl=None, gender=None)
 
 
 def spin(folder: Path, name="h36m_train.npz", pictures=True, size=(48, 64), **changes) -> str:
-    """Write such a file and its pictures -> what --data wants.  The pictures are so small, and read
-    quickly, that the people stand beyond their edge."""
+    """Write such a file and its pictures -> what --data wants.  Unless LARGE, the pictures are read
+    quickly, and the people stand beyond their edge."""
     arrays = spin_arrays(**changes)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / name, **arrays)
@@ -112,11 +113,6 @@ def refused(*words: str):
         assert word in str(error.value), f"{word!r} is not in: {error.value}"
 
 
-def at(found: People, n: int, name: str) -> Tensor:
-    """One point of one person: x, y, labelled."""
-    return found.part[n, J24[name]]
-
-
 # ============================================================================================
 # Joint orders and crops
 
@@ -138,12 +134,12 @@ def test_a_window_shows_what_lies_there(size, side):
     """On a ramp, the colour of a crop's pixel is the place it was cut from."""
     y, x = torch.meshgrid(torch.arange(480) + 0.5, torch.arange(640) + 0.5, indexing="ij")
     image = torch.stack([x / 640, y / 480, 0 * x])                    # (3, 480, 640)
-    crop = datasets.cut_window(image, torch.tensor([300.0, 200]), side, size)
+    center = torch.tensor([300.0, 200])
+    crop = datasets.cut_window(image, center, side, size)
     along = ((torch.arange(size) + 0.5) / size - 0.5) * side          # (size,) from the middle
     close(640 * crop[0], (300 + along).expand(size, size), 0.1, "pixels, from the left")
     close(480 * crop[1].T, (200 + along).expand(size, size), 0.1, "pixels, from above")
-    as_bytes = datasets.cut_window((255 * image).round().to(torch.uint8),
-                                   torch.tensor([300.0, 200]), side, size)
+    as_bytes = datasets.cut_window((255 * image).round().to(torch.uint8), center, side, size)
     # rounded when read, when resized and at the end
     close(as_bytes.float() / 255, crop, 1.6 / 255, "bytes and numbers must be cut alike")
 
@@ -236,7 +232,7 @@ def test_spins_file_is_read_by_name_whatever_it_lacks(tmp_path):
     found = read_people(spin(tmp_path))
     assert found.name == "spin:h36m_train.npz" and found.image[2] == b"images/002.jpg"
     for name, k in K.items():
-        close(at(found, 0, name), [*person()[k] + 0.5, 1], 1e-4, f"{name}: + 0.5")
+        close(found.part[0, J24[name]], [*person()[k] + 0.5, 1], 1e-4, f"{name}: + 0.5")
     close(found.box[0], [320.5, 240.5, 240.0], 0, "scale 1.2 is a box of 240 pixels")
     only_3d = read_people(spin(tmp_path, part=None, **NO_SMPL))
     assert not (only_3d.part.any() or only_3d.has_smpl.any() or only_3d.gender.any())
@@ -252,7 +248,7 @@ def test_spins_files_keep_their_sources_conventions(tmp_path, capsys):
     for name, origin in (("lsp_dataset_original_train", -0.5), ("hr-lspet_train", -0.5),
                          ("mpii_train", -0.5), ("mpi_inf_3dhp_train", 0.5), ("coco_2014", 0.5)):
         found = read_people(spin(tmp_path, f"{name}.npz", keypoints_2d=np.zeros(4)))
-        close(at(found, 0, "right_ankle")[:2], person()[0] + origin, 1e-4, f"{name}: part")
+        close(found.part[0, J24["right_ankle"], :2], person()[0] + origin, 1e-4, f"{name}: part")
         close(found.box[0, :2], [320 + origin, 240 + origin], 1e-4, f"{name}: box")
         assert (found.S[0, J24["head_top"], 3] > 0) == ("3dhp" in name), "slot 18 is its head top"
     assert "not used, as SPIN's lack them: keypoints_2d" in capsys.readouterr().out
@@ -278,7 +274,7 @@ def test_what_is_not_finite_is_no_label_and_who_has_none_is_left_out(tmp_path):
     found = read_people(spin(tmp_path, **arrays))
     assert found.S[0, J24["left_knee"]].tolist() == [0, 0, 0, 0]
     assert found.S[0, J24["right_knee"], 3] == 1 and not found.S[1, :, 3].any(), "no hips: no 3D"
-    assert not at(found, 2, "nose").any() and found.part[2, :, 2].sum() == 18
+    assert not found.part[2, J24["nose"]].any() and found.part[2, :, 2].sum() == 18
     assert found.has_smpl.tolist() == [True, True, True, False, True], "5 of 8 people are left"
     assert datasets.reasons(found.skipped) == (
         "2 without any label, 1 no 2 keypoints nor box of 5 pixels")
@@ -300,9 +296,9 @@ def test_coco_is_read_by_name_and_filtered_as_the_official_converter_does(tmp_pa
     assert found.image.tolist() == [b"000000000002.jpg"] + 6 * [b"000000000001.jpg"]
     for name, k in K.items():
         expected = [0, 0, 0] if name in ("neck", "head_top") else [*person()[k].round() + 0.5, 1]
-        close(at(found, 0, name), expected, 1e-4, f"{name}: COCO labels no neck, no head's top")
-    assert at(found, 1, "left_wrist")[2], "visibility 1, occluded, is a label"
-    assert not at(found, 2, "nose").any()
+        close(found.part[0, J24[name]], expected, 1e-4, f"{name}: COCO has no neck, no head's top")
+    assert found.part[1, J24["left_wrist"], 2], "visibility 1, occluded, is a label"
+    assert not found.part[2, J24["nose"]].any()
     assert found.skipped.total() == len(left_out)
     for words in ("1 60 pixels or smaller", "4 broken rows, the first annotation 7's keypoints",
                   "2 crowds", "1 with face and shoulders only", "1 with fewer than 6 points of",
@@ -319,8 +315,9 @@ def test_a_persons_points_go_by_the_categories_names(tmp_path):
     rows = [annotation(category_id="21"), annotation(category_id=1)]
     found = read_people(coco(tmp_path, rows, categories=[beast, human]))
     assert len(found.image) == 1 and +found.skipped == {"crowds or no persons": 1}
-    close(at(found, 0, "head_top")[:2], np.array(rows[0]["keypoints"][6:8]) + 0.5, 1e-4, "no eye")
-    assert not any(at(found, 0, name).any() for name in ("left_eye", "right_eye", "neck"))
+    head_top = np.array(rows[0]["keypoints"][6:8]) + 0.5              # (2,)
+    close(found.part[0, J24["head_top"], :2], head_top, 1e-4, "no eye")
+    assert not found.part[0, [J24[name] for name in ("left_eye", "right_eye", "neck")]].any()
     with refused("train2014.json", "left_eye, right_eye", "are no person's"):
         read_people(coco(tmp_path, rows, categories=[beast]))
 
@@ -339,7 +336,7 @@ def test_lsp_and_lspet_have_opposite_flags(tmp_path, extended, names):
     assert len(found.image) == (4 if extended else 2), "LSP's second half is its test set"
     assert found.folder / os.fsdecode(found.image[1]) == tmp_path / names.format(2)
     assert found.part[0, :, 2].tolist() == [1] * 14 + [0] * 10
-    assert found.part[1, :, 2].sum() == 13 and not at(found, 1, "left_ankle").any()
+    assert found.part[1, :, 2].sum() == 13 and not found.part[1, J24["left_ankle"]].any()
     close(found.part[0, :14, :2], person()[:14] + 0.5, 1e-4, "from 1: - 0.5")
 
 
@@ -358,12 +355,10 @@ def test_amass_is_brought_to_ten_frames_a_second_and_smpls_joints(tmp_path, body
     amass_file(tmp_path / "CMU" / "01" / "01_02_poses.npz", 250, mocap_framerate=250.0)
     np.savez(tmp_path / "CMU" / "01" / "shape.npz", betas=np.zeros(16))
     frames, betas = datasets.read_amass(tmp_path)
-    assert frames.shape == (30, 24, 3) and betas.shape == (30, 10)
     time = torch.cat([torch.arange(0, 240, 12), torch.arange(0, 250, 25)]) / 1000     # (30,)
     joints = torch.tensor([*range(22), 22, 37]) / 100                 # (24,)
     close(frames[..., 0], time[:, None] + joints, 1e-6, "each 12th frame, each 25th; hands 22, 37")
     close(betas, (torch.arange(10) / 10).expand(30, 10), 1e-6, "the first 10 of 16")
-    assert "2 clips, 30 frames" in capsys.readouterr().out
     people = world(body, spin(tmp_path / "a"), mocap=str(tmp_path / "CMU"))
     assert "body.npz is not SMPL's mesh: the betas" in capsys.readouterr().out
     rotmats, drawn = people.motion(64, 5)
@@ -371,8 +366,6 @@ def test_amass_is_brought_to_ten_frames_a_second_and_smpls_joints(tmp_path, body
     apart = np.abs(angle - frames[:, 3, 0].numpy()).min(1).max()
     assert apart < 1e-5, f"a pose that was not recorded, {apart:.2g} radians off"
     close(drawn, betas[:1].expand(64, 10), 1e-6, "and its betas")
-    assert same(list(people.motion(64, 5)), [rotmats, drawn]), "the step decides"
-    assert not torch.equal(people.motion(64, 6)[0], rotmats)
     with refused("holds no .npz"):
         datasets.read_amass(tmp_path / "nothing")
 
@@ -393,52 +386,51 @@ def test_hands_that_amass_leaves_still_wander(tmp_path):
     close(frames[0, 22], [0.1, 0.2, 0.3], 1e-6, "a single real hand stays")
 
 
+SPIN, COCO, MAT, AMASS = "h36m_train.npz", "a.json", "joints.mat", "a_poses.npz"
 HDF5 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\x89HDF\r\n\x1a\n"
-ODD = dict(images=[dict(id=1, file_name="a")], annotations=[annotation(
+DETECTED = dict(images=[dict(id=1, file_name="a")], annotations=[annotation(
     keypoints=[3, 4, 2, 9, 0, 0.02] * 8 + [1, 1, 2])])
 
 
 @pytest.mark.parametrize("name,content,sentence", [
-    *(("h36m_train.npz", changes, sentence) for changes, sentence in (
-        (dict(imgname=None), "lacks imgname"), (dict(shape=None), "lacks shape"),
-        (dict(part=np.zeros((3, 24, 3))), "part is float64 (3, 24, 3), expected numbers (4, 24,"),
-        (dict(center=np.array(["a"] * 4)), "center is"),
-        (dict(pose=np.array([{}] * 4, object)), "not a whole .npz of plain arrays"),
-        (dict(S=np.zeros(2 ** 18)), "more than 1 GiB"),
-        (dict(part=np.zeros((4, 24, 3)), **ONLY_2D), "4 without any label"),
-        (dict(part=np.full((4, 24, 3), 3.0)), "a visibility of 3; expected 0, 1 or 2"),
-        (dict(S=1000 * spin_arrays()["S"]), "expected S in metres; is it in millimetres?"),
-        *((dict(imgname=np.array([path] * 4)), f"{path!r} lies outside the folder") for path in (
-            "a/../../b.jpg", "..", "/etc/b.jpg", "C:b.jpg")),
-        (dict(scale=np.full(4, 240.0)), ".jpg: 64 x 48 pixels, and a box of 48,000 pixels in it"),
-        (dict(pictures=False), ".jpg: no such file"))),
-    ("a.json", b"{", "not JSON"), ("a.json", b"[]", "AttributeError"),
-    ("a.json", b"{}", "KeyError"), ("a.json", b'{"images": [], "annotations": []}', "nobody"),
-    ("a.json", json.dumps(ODD).encode(), "a visibility of 0.02; expected 0, 1 or 2; are"),
-    ("joints.mat", HDF5, "MATLAB 7.3"), ("joints.mat", b"junk" * 99, "not a readable .mat"),
-    ("joints.mat", dict(joints=np.zeros((3, 13, 9))), "(3, 13, 9); expected LSP's"),
-    ("joints.mat", dict(joints=np.array([[{"a": 1}]], object)), "cell"),
-    ("joints.mat", dict(other=np.zeros(3)), "no joints; expected LSP's"),
-    ("joints.mat", dict(joints=np.zeros((3, 14, 4000))), "(3, 14, 4000); expected LSP's"),
-    ("a_poses.npz", dict(poses=np.zeros((240, 165))), "SMPL-X's has 165"),
-    ("a_poses.npz", dict(betas=np.zeros(3)), "(3,)"),
-    ("a_poses.npz", dict(mocap_framerate=0.0), "mocap_framerate"),
-    ("a_poses.npz", dict(poses=np.full((240, 156), 1e39)), "finite numbers"),
-    ("a_poses.npz", dict(poses=np.array([{}], object)), "plain arrays")])
+    (SPIN, dict(imgname=None), "lacks imgname"), (SPIN, dict(shape=None), "lacks shape"),
+    (SPIN, dict(part=np.zeros((3, 24, 3))), "part is float64 (3, 24, 3), expected numbers (4, 24,"),
+    (SPIN, dict(center=np.array(["a"] * 4)), "center is"),
+    (SPIN, dict(pose=np.array([{}] * 4, object)), "not a whole .npz of plain arrays"),
+    (SPIN, dict(S=np.zeros(2 ** 18)), "more than 1 GiB"),
+    (SPIN, dict(part=np.zeros((4, 24, 3)), **ONLY_2D), "4 without any label"),
+    (SPIN, dict(part=np.full((4, 24, 3), 3.0)), "a visibility of 3; expected 0, 1 or 2"),
+    (SPIN, dict(S=1000 * spin_arrays()["S"]), "expected S in metres; is it in millimetres?"),
+    *((SPIN, dict(imgname=np.array([path] * 4)), f"{path!r} lies outside the folder") for path in (
+        "a/../../b.jpg", "..", "/etc/b.jpg", "C:b.jpg")),
+    (SPIN, dict(scale=np.full(4, 240.0)), ".jpg: 64 x 48 pixels, and a box of 48,000 pixels in it"),
+    (SPIN, dict(pictures=False), ".jpg: no such file"),
+    (COCO, b"{", "not JSON"), (COCO, b"[]", "AttributeError"), (COCO, b"{}", "KeyError"),
+    (COCO, b'{"images": [], "annotations": []}', "nobody"),
+    (COCO, json.dumps(DETECTED).encode(), "a visibility of 0.02; expected 0, 1 or 2; are"),
+    (MAT, HDF5, "MATLAB 7.3"), (MAT, b"junk" * 99, "not a readable .mat"),
+    (MAT, dict(joints=np.zeros((3, 13, 9))), "(3, 13, 9); expected LSP's"),
+    (MAT, dict(joints=np.array([[{"a": 1}]], object)), "cell"),
+    (MAT, dict(other=np.zeros(3)), "no joints; expected LSP's"),
+    (MAT, dict(joints=np.zeros((3, 14, 4000))), "(3, 14, 4000); expected LSP's"),
+    (AMASS, dict(poses=np.zeros((240, 165))), "SMPL-X's has 165"),
+    (AMASS, dict(betas=np.zeros(3)), "(3,)"), (AMASS, dict(mocap_framerate=0.0), "framerate"),
+    (AMASS, dict(poses=np.full((240, 156), 1e39)), "finite numbers"),
+    (AMASS, dict(poses=np.array([{}], object)), "plain arrays")])
 def test_a_wrong_file_says_so(tmp_path, body, monkeypatch, name, content, sentence):
     monkeypatch.setattr(datasets, "MOST_BYTES", 2 ** 20)              # the big ones hold more
     path = tmp_path / name
-    text = f"coco:{path}@{tmp_path}" if name == "a.json" else f"lsp:{tmp_path}"
+    text = f"coco:{path}@{tmp_path}" if name == COCO else f"lsp:{tmp_path}"
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif name == "joints.mat":
+    elif name == MAT:
         scipy.io.savemat(path, content, do_compression=True)
-    elif name == "a_poses.npz":
+    elif name == AMASS:
         amass_file(path, **content)
     else:
         text = spin(tmp_path, **content)
     with refused(name, sentence):
-        datasets.read_amass(tmp_path) if name == "a_poses.npz" else world(body, text)
+        datasets.read_amass(tmp_path) if name == AMASS else world(body, text)
 
 
 def test_theta_bar_from_a_file_of_mean_parameters(tmp_path, monkeypatch):
@@ -469,7 +461,7 @@ def test_theta_bar_from_a_file_of_mean_parameters(tmp_path, monkeypatch):
 # Batches
 
 def test_a_batch_is_a_function_of_seed_step_and_rank_whatever_the_workers(tmp_path, body):
-    texts = spin(tmp_path / "a"), coco(tmp_path / "b", [annotation(1), annotation(2)])
+    texts = spin(tmp_path / "a", size=LARGE), coco(tmp_path / "b", [annotation(), annotation(2)])
     batches = {}
     for workers in (0, 2):
         people, before = world(body, *texts, workers=workers), torch.get_rng_state()
@@ -486,7 +478,7 @@ def test_a_batch_is_a_function_of_seed_step_and_rank_whatever_the_workers(tmp_pa
 
 def test_a_batch_holds_labels_that_fit_its_pictures(tmp_path, body):
     """Colours say where a pixel was cut from: whatever jitter and flip did, labels did as well."""
-    batch = world(body, spin(tmp_path, size=(480, 640)), batch=16, size=224).batch(0)
+    batch = world(body, spin(tmp_path, size=LARGE), batch=16, size=224).batch(0)
     assert batch.image.shape == (16, 3, 224, 224) and 0.5 < batch.image.max() <= 1
     mirrored = batch.image[:, 0, 112, -1] < batch.image[:, 0, 112, 0]             # red falls
     S = spin_arrays()["S"][0]
@@ -557,10 +549,10 @@ def test_what_cannot_be_read_is_named_and_replaced_by_the_next(tmp_path, body, c
 def test_training_on_real_data_goes_on_bit_by_bit_and_is_measured(tmp_path, capsys):
     pose = np.tile([1.0, 0, 0, 1, 0, 0], 24)
     np.savez(tmp_path / "mean.npz", pose=pose, shape=np.arange(10) / 9, cam=[0.8, 0, 0])
-    texts = spin(tmp_path / "a", "3dhp.npz"), coco(tmp_path / "b", [annotation()])
+    texts = spin(tmp_path / "a", "3dhp.npz", size=LARGE), coco(tmp_path / "b", [annotation()])
     flags = ["--data", *texts, "--mean-params", str(tmp_path / "mean.npz"), "--mix", "3", "1",
-             "--depth", "18", "--width", "8", "--size", "32", "--batch", "4", "--pretrained", "none",
-             "--device", "cpu", "--log-every", "1", "--amp", "off", "--rotation", "6d"]
+             *"--depth 18 --width 8 --size 32 --batch 4 --pretrained none --device cpu".split(),
+             *"--log-every 1 --amp off --rotation 6d".split()]
     x, y = str(tmp_path / "x"), str(tmp_path / "y")
     assert datasets.main(["train", *flags, "--steps", "2", "--workers", "2", "--out", x]) == 0
     assert "MPJPE" not in capsys.readouterr().out, "photographs are measured by `measure`"
@@ -570,8 +562,9 @@ def test_training_on_real_data_goes_on_bit_by_bit_and_is_measured(tmp_path, caps
     assert "trained on photographs (spin 4 people" in capsys.readouterr().err
     assert datasets.main(["train", *go_on, "--data", texts[1]]) == 2
     assert "go on by the command that began the run" in capsys.readouterr().err
-    moved = spin(tmp_path / "c", "3dhp.npz"), texts[1], "--mix", "3", "1"         # another folder
-    assert datasets.main(["train", *go_on, "--workers", "1", "--data", *moved]) == 0
+    moved = spin(tmp_path / "c", "3dhp.npz", size=LARGE)              # to another folder
+    assert datasets.main(["train", *go_on, "--workers", "1", "--data", moved, texts[1],
+                          "--mix", "3", "1"]) == 0
     a, b = weights_of(tmp_path / "x"), weights_of(tmp_path / "y")
     for key in ("model", "discriminator", "opt_E", "opt_D", "world", "step"):
         assert same(a[key], b[key]), f"{key}: other pictures after resuming, or by other workers"
