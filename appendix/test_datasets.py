@@ -169,9 +169,11 @@ def test_box_keypoints_and_spins_points_show_a_person_equally_large(tmp_path, bo
 def test_spins_crop_is_black_outside_and_its_box_itself(tmp_path):
     found = read_people(spin(tmp_path, center=np.tile([10.0, 240.0], (4, 1))))
     one, _, _ = datasets.Pictures([found], 224, "spin")[datasets.Draw(0, 0)]
-    assert (one.image[:, :, 0] == 0).all(), "beyond the picture"
+    assert (one.image[..., 0] == 0).all(), "beyond the picture"
+    far = datasets.cut_window(one.image[0], torch.zeros(2), 1e5, 64)  # it shrinks to 2 pixels
+    assert far.shape == (3, 64, 64)
     expected = (torch.tensor(person()[0]) - torch.tensor([10.0, 240.0])) / 120
-    close(one.keypoints2d[0], expected, 1e-5, "240 pixels about (10, 240): [-1, 1]")
+    close(one.keypoints2d[0, 0], expected, 1e-5, "240 pixels about (10, 240): [-1, 1]")
 
 
 # ============================================================================================
@@ -395,7 +397,7 @@ DETECTED = dict(images=[dict(id=1, file_name="a")], annotations=[annotation(
 @pytest.mark.parametrize("name,content,sentence", [
     (SPIN, dict(imgname=None), "lacks imgname"), (SPIN, dict(shape=None), "lacks shape"),
     (SPIN, dict(part=np.zeros((3, 24, 3))), "part is float64 (3, 24, 3), expected numbers (4, 24,"),
-    (SPIN, dict(center=np.array(["a"] * 4)), "center is"),
+    (SPIN, dict(center=np.full((4, 2), "a")), "center is"),
     (SPIN, dict(pose=np.array([{}] * 4, object)), "not a whole .npz of plain arrays"),
     (SPIN, dict(S=np.zeros(2 ** 18)), "more than 1 GiB"),
     (SPIN, dict(part=np.zeros((4, 24, 3)), **ONLY_2D), "4 without any label"),
@@ -481,6 +483,7 @@ def test_a_batch_holds_labels_that_fit_its_pictures(tmp_path, body):
     batch = world(body, spin(tmp_path, size=LARGE), batch=16, size=224).batch(0)
     assert batch.image.shape == (16, 3, 224, 224) and 0.5 < batch.image.max() <= 1
     mirrored = batch.image[:, 0, 112, -1] < batch.image[:, 0, 112, 0]             # red falls
+    assert 0 < mirrored.sum() < 16, "half of the pictures are flipped"
     S = spin_arrays()["S"][0]
     for n, name in itertools.product(range(16), ("right_ankle", "left_wrist")):
         k = datasets.FLIP_KEYPOINTS[K[name]] if mirrored[n] else K[name]
@@ -518,6 +521,7 @@ def test_half_a_batch_has_3d_and_each_half_is_by_size_or_mix_says(tmp_path, body
              spin(tmp_path / "c", "lspet.npz", N=2, **ONLY_2D))
     batch = world(body, *texts, batch=60).batch(0)
     assert batch.has_smpl.sum() == 30, "half 3D, in every batch"
+    assert not batch.rotmats[batch.has_smpl == 0].any(), "no rotation is made of no label"
     neckless = (batch.visible[:, K["neck"]] == 0).sum()
     assert neckless == 10, "COCO has 1 of the 3 people without 3D: a third of a half"
     assert world(body, *texts, batch=60, mix=(0.0, 1.0, 3.0)).batch(0).has_smpl.sum() == 0
@@ -530,17 +534,18 @@ def test_half_a_batch_has_3d_and_each_half_is_by_size_or_mix_says(tmp_path, body
 
 
 def test_what_cannot_be_read_is_named_and_replaced_by_the_next(tmp_path, body, capsys):
-    text, pictures = spin(tmp_path, N=100), tmp_path / "root" / "images"
-    (pictures / "007.jpg").write_bytes(b"cut")
-    for workers in (0, 2):
-        people = world(body, text, batch=50, size=32, workers=workers)
-        for step in range(8):                                         # 400 draws of 100
+    texts = [spin(tmp_path / name, N=100) for name in "ab"]
+    for name in "ab":
+        (tmp_path / name / "root" / "images" / "007.jpg").write_bytes(b"cut")
+    for workers in (0, 2):              # 1 of 100 each, which is no more than 1 %
+        people = world(body, *texts, batch=50, size=32, workers=workers)
+        for step in range(16):                                        # 400 draws of 100
             batch = people.batch(step)
             assert batch.image.shape[0] == 50 and batch.visible.all()
-        assert capsys.readouterr().out.count("007.jpg: no whole JPEG") == 1, "named once"
-    (pictures / "099.jpg").unlink()                                   # 2 of 100: more than 1 %
+        assert capsys.readouterr().out.count("007.jpg: no whole JPEG") == 2, "each is named once"
+    (tmp_path / "b" / "root" / "images" / "099.jpg").unlink()         # 2 of 100: more than 1 %
     with refused("2 of its 100 people cannot be used, more than 1 %"):
-        world(body, text, batch=400, size=32, workers=1)
+        world(body, *texts, batch=800, size=32, workers=1)
 
 
 # ============================================================================================
