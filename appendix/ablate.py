@@ -115,25 +115,27 @@ def experiment(given: dict, args: argparse.Namespace) -> None:
 
 
 def earlier_part(config: Config) -> tuple[dict | None, dict | None]:
-    """A run's folder -> its metrics, with today's "config", if it is finished, and its checkpoint.
+    """A run's folder -> its metrics, with today's "config", if it is finished, else its checkpoint.
 
     Raises ValueError for a run of other settings.
     """
     folder = Path(config.out)
     if not (folder / "checkpoint.pt").is_file():
         return None, None
-    checkpoint = load_checkpoint(folder / "checkpoint.pt", config.smpl)
-    for name, new in dataclasses.asdict(config).items():
-        then = checkpoint["config"][name]
-        if then != new and name not in ("device", "out", "log_every", "picture_every", "record"):
-            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with {flag(name)} "
-                             f"{then}, not {new}; give that or name another folder")
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        [metrics[key] for key in (*GUESSES, "truth", "seconds")]
-        return metrics | {"config": config}, checkpoint
+        metrics, checkpoint = json.loads((folder / "metrics.json").read_text("utf-8")), None
+        then, _ = dict(metrics["config"]), [metrics[key] for key in (
+            *GUESSES, "per_iteration", "truth", "seconds")]
+        metrics["config"] = config
     except (OSError, ValueError, KeyError, TypeError):                # it is measured again
-        return None, checkpoint
+        metrics, checkpoint = None, load_checkpoint(folder / "checkpoint.pt", config.smpl)
+        then = checkpoint["config"]
+    for name, new in dataclasses.asdict(config).items():
+        free = name in ("device", "out", "log_every", "picture_every", "record")
+        if not free and then.get(name) != new:
+            raise ValueError(f"--out {folder.parent}: {folder.name} was trained with {flag(name)} "
+                             f"{then.get(name)}, not {new}; give that or name another folder")
+    return metrics, checkpoint
 
 
 # --------------------------------------------------------------------------------------------

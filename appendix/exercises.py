@@ -115,9 +115,101 @@ TASKS = (
 )
 
 
+# TASKS.md begins with the rules and ends with the questions, both in Markdown.
+RULES = """\
+# Coursework: Human Mesh Recovery
+
+{n} pieces of `smpl.py`, `hmr.py`, `data.py` and `train.py` are missing.  Each stands between two
+lines, `# >>> Task 9: project` and `# <<< Task 9: project`, and raises NotImplementedError.
+
+To read: Kanazawa et al., "End-to-end Recovery of Human Shape and Pose", CVPR 2018 (arXiv
+1712.06584), which Sec. and Eq. refer to; for ResNet He et al., "Deep Residual Learning for Image
+Recognition", CVPR 2016 (arXiv 1512.03385).  Nobody needs the slides that comments name.
+
+To install, with Python 3.10 or later; the first line is for a laptop without a GPU and saves 5 GB:
+
+    pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
+    pip install -r requirements.txt
+
+- Each task's command runs its tests, and grading runs the same tests.  They look at the task's
+  functions alone, so you may work in any order, but for what the table says.
+- Hand in the four files, in UTF-8.  Only what stands between a function's two lines is graded,
+  with all other tasks solved.  Put helpers and imports there, too, and leave the two lines alone.
+- Results have the precision of the inputs, and inputs are not changed in place.
+"""
 ANSWER = "1 point: "          # so begin the lines of the questions that a student does not get
-RULES, QUESTIONS = re.split("\n(?=## Questions)",
-                            source("appendix/handout.md").partition("\n\n")[2])
+QUESTIONS = """\
+## Questions, to answer in words (3 points each)
+
+**Question 1.** `figures/elbow.png` shows an elbow bent by 115 degrees, seen from above.  On the
+left each vertex follows one bone alone, its largest weight.  In the middle are the blended weights
+of `lbs`.  Where does each of the two fail, and why?
+1 point: one bone alone: the mesh tears where neighbours follow two different motions
+1 point: blended: it is smooth, but the elbow loses volume
+1 point: a mean of two rotations is no rotation: it shrinks along the plane of the turn
+
+**Question 2.** The right elbow of `figures/elbow.png` has pose blend shapes, too.  Why do they
+depend on R - I and not on R, and why not on the root's rotation?
+1 point: they are offsets that are learnt, linear in R - I, and add what blending loses
+1 point: at rest R - I is 0 and the template stays; R would add a constant to every body
+1 point: the root bends nothing; a correction by it would dent a body for the way it faces
+
+**Question 3.** The paper's Eq. (2) reads s X + t, the official code computes s (X + t).  Which of
+these numbers would change?  Which unit has t in each form?  When does it matter?  (Needs task 9.)
+
+    python -c "import torch, hmr; X = torch.tensor([[[0.3, 0.4, 9.0]]])
+    print([hmr.project(X, torch.tensor([[s, 0.1, -0.2]])).tolist() for s in (1.0, 2.0)])"
+1 point: for s = 1 both forms agree; for s = 2 the paper's gives (0.7, 0.6), not (0.8, 0.4)
+1 point: in the code t is in metres, in the paper in units of the crop: t_paper = s t
+1 point: a mean camera or weights of one form are wrong in the other wherever t is not 0
+
+**Question 4.** Do the gradients at the first layer of a plain network vanish with depth?  Explain
+the four numbers.  What makes deep plain networks train badly?  (Needs tasks 5 and 6.)
+
+    python -c "import torch, hmr
+    for depth, plain in ((18, True), (34, True), (18, False), (34, False)):
+        torch.manual_seed(0)
+        net = hmr.ResNet(depth, width=16, plain=plain)
+        net(torch.randn(16, 3, 64, 64)).square().mean().backward()
+        print(depth, plain, net.conv1.weight.grad.norm().item())"
+1 point: they grow with depth, most in the plain network: 1.8 to 23.8; else 2.2 to 7.2
+1 point: batch normalisation keeps them from vanishing, as He et al. argue
+1 point: a deep plain network has to learn the identity, which is hard; a block has it at F = 0
+
+**Question 5.** Half of the pictures have 3D labels.  Which losses teach the network anything about
+the other half, and which mistakes do they not see?  (Needs tasks 1 to 4, 9 and 15.)
+
+    python data.py
+1 point: L_reproj and L_adv; the masks keep it out of L_joints and L_smpl altogether
+1 point: L_reproj sees no depth, nor a limb turned about its own axis
+1 point: L_adv knows human rotations, not which of them the picture shows, nor the root
+
+**Question 6.** What does this number say about Eq. (3)?  Which two bodies look alike to it, and
+what in the rest of the method can tell them apart?  (The command needs task 9.)
+
+    python -c "import torch, hmr; X, cam = torch.randn(1, 19, 3), torch.tensor([[0.9, 0, 0]])
+    M = torch.tensor([1, 1, -1])
+    print((hmr.project(X, cam) - hmr.project(X * M, cam)).abs().max().item())"
+1 point: it is 0: weak perspective drops z
+1 point: a body and its mirror image in depth, a limb towards the camera or away from it
+1 point: two of: discriminators (joints bend the wrong way), 3D labels, shading, occlusion
+
+**Question 7.** Fig. 5's monsters: look at runs/monsters/picture.png (`assets/ablation.png` has a
+longer run's).  The 2D error is fine.  Why are the bodies not?  (Needs all tasks.)
+
+    python train.py --small --no-paired --no-adv --steps 500 --out runs/monsters
+1 point: only L_reproj is left: any body whose 19 keypoints fall in the right places will do
+1 point: limbs twist about their own axis and bend the wrong way; depth and betas are free
+1 point: the adversary restores plausible bodies (Fig. 4), paired 3D the right ones
+
+**Question 8.** Why do D_real and D_fake stay between 0 and 1, a little apart?  What would 1 and 0
+mean for the encoder?  Which of the 25 outputs come near it, and why?  (Needs all tasks.)
+
+    python train.py --small --steps 300 --out runs/adversary
+1 point: least squares pulls linear outputs to 1 and 0; they are 0.5 where D cannot tell
+1 point: at 1 and 0 D has won: it says little about the way to a human body
+1 point: all joints together and the shape: they see more than one joint's 9 numbers
+"""
 
 
 # --------------------------------------------------------------------------------------------
@@ -145,9 +237,15 @@ def functions(text: str) -> dict[str, tuple[int, int, int, str]]:
     return found
 
 
+def chapter(file: str) -> tuple[dict[str, tuple[int, int, int, str]], list[str]]:
+    """The project's own file: its `functions` and its lines."""
+    text = source(file)
+    return functions(text), text.split("\n")
+
+
 def answer(task: Task) -> list[str]:
     """The lines of code that a student has to find, without comments."""
-    known, lines = functions(source(task.file)), source(task.file).split("\n")
+    known, lines = chapter(task.file)
     code = [line.strip().partition("  # ")[0].rstrip() for name in task.functions
             for line in lines[known[name][1]:known[name][2]]]
     return [line for line in code if line and not line.startswith("#")]
@@ -155,7 +253,7 @@ def answer(task: Task) -> list[str]:
 
 def blank(file: str, tasks: tuple[Task, ...]) -> str:
     """A chapter as it is handed out: these tasks are blank, all others are solved."""
-    known, lines = functions(source(file)), source(file).split("\n")
+    known, lines = chapter(file)
     cut = [(known[name], task, name) for task in tasks if task.file == file
            for name in task.functions]
     for (first, body, end, _), task, name in sorted(cut, reverse=True):
@@ -177,7 +275,7 @@ def tasks_md(tasks: tuple[Task, ...]) -> str:
              "| task | | file | to read | of PyTorch | needs task | lines in ours | points |\n"
              "|---|---|---|---|---|---|---|---|\n" + "".join(rows)]
     for t in tasks:
-        known = functions(source(t.file))
+        known, _ = chapter(t.file)
         text = " ".join(known[name][3].split("\n\n")[0] for name in t.functions) + " " + t.hint
         tests = "".join(f"- {n}: {name.replace('_', ' ')}\n" for name, n in t.tests.items())
         parts.append(f"## Task {t.number}: {t.title}\n\n{paragraph(text)}\n\n"
@@ -248,7 +346,7 @@ def graft(task: Task, path: Path) -> tuple[str, str]:
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise ValueError(f"{path.name}, line {line}: in Latin-1 or the like; save it as UTF-8"
                          ) from None
-    known, lines = functions(source(task.file)), source(task.file).split("\n")
+    known, lines = chapter(task.file)
     for name in sorted(task.functions, key=known.get, reverse=True):
         marks = [mark.format(task.number, name) for mark in (BEGIN, END)]
         found = re.search(r"^[ \t]*{}[ \t]*\n(.*)^[ \t]*{}[ \t]*$".format(*map(re.escape, marks)),

@@ -10,6 +10,7 @@ it here.  The command applies each edit to a copy and runs only the test that mu
 import argparse
 import contextlib
 import difflib
+import functools
 import json
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ class Edit(NamedTuple):
     test: str                # fails after the edit
 
 
+@functools.cache               # it reads all the tests
 def place(test: str) -> str:
     """FILE::TEST, as pytest takes it; a test's name stands in one file alone."""
     files = ["test_hmr.py", *(f"appendix/{path.name}" for path in HERE.glob("appendix/test_*.py"))]
